@@ -1,0 +1,55 @@
+# From a fresh clone, with python3 (3.11 or newer), a C++ compiler and make:
+#   make bench   install, build, run the benchmark        make test    install, build, run the tests
+#   make lint    check style and types                    make clean   remove what was built
+# Pass options with ARGS, choose an interpreter with PYTHON: make test ARGS="-k gru" PYTHON=python3.12
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+CPP  = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help bench test lint build clean distclean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+bench: build $(VENV)/.installed-bench
+	$(PY) -m benchmarks $(ARGS)
+
+test: export FUSEDRNN_TESTING = 1
+test: build $(VENV)/.installed-test
+	$(PY) -m pytest $(ARGS)
+
+lint: build $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(CPP) | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+# Always asked, done in a second where nothing changed: Ninja knows what is out of date.
+build: $(VENV)/.installed-tools
+	$(PY) setup.py --quiet build_ext --inplace
+
+$(VENV)/.installed-tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fusedrnn needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -1)." \
+	       "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt --upgrade pip
+	$(PIP) install -c constraints.txt torch setuptools cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed-tools pyproject.toml setup.py
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info fusedrnn/lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,161 @@
+// Matrix products of a few rows with packed weights: the tile that holds its accumulators in registers, and the
+// packing it reads. A panel covers C vectors of columns and holds, for each k in turn, those C vectors.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+inline constexpr int kPanelVectors = 4;
+
+// Accumulators of R rows and C columns, the C weights and one broadcast value must fit the registers. fp64, which
+// is for checking, has a small tile: it keeps the library and its compile time small.
+template <class T, int C>
+inline constexpr int kTileRows = sizeof(T) == sizeof(double) ? 2
+                                 : (kRegisters - C - 2) / C < 8 ? (kRegisters - C - 2) / C
+                                                                : 8;
+
+// acc[r][c] += sum over k of a[r * lda + k] * panel[k][c]
+template <class T, int R, int C>
+FUSEDRNN_HD void multiply(const T* a, int64_t lda, const T* panel, int64_t K, Simd<T> (&acc)[R][C]) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t k = 0; k < K; ++k, panel += C * W) {
+    Simd<T> b[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) b[c] = Simd<T>::load(panel + c * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Simd<T> s(a[r * lda + k]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] = acc[r][c] + s * b[c];
+    }
+  }
+}
+
+// Calls f with count, in [1, Max], as a compile-time constant.
+template <int Max, class F>
+FUSEDRNN_HD void with_count(int64_t count, const F& f) {
+  if constexpr (Max > 1)
+    if (count < Max) return with_count<Max - 1>(count, f);
+  f(std::integral_constant<int, Max>());
+}
+
+// Cuts `rows` into tiles of at most Max rows, as even as they can be, and calls f(first, rows_constant).
+template <int Max, class F>
+FUSEDRNN_HD void for_tiles(int64_t rows, const F& f) {
+  for (int64_t first = 0, tiles = (rows + Max - 1) / Max; tiles > 0; --tiles) {
+    const int64_t size = (rows - first + tiles - 1) / tiles;
+    with_count<Max>(size, [&](auto R) { f(first, R); });
+    first += size;
+  }
+}
+
+// Panels over `columns` columns: full ones of kPanelVectors vectors, then one with the vectors that are left.
+template <class T>
+struct Panels {
+  static constexpr int W = Simd<T>::kWidth;
+  int64_t columns, K;
+
+  int64_t count() const { return (columns + kPanelVectors * W - 1) / (kPanelVectors * W); }
+  int64_t vectors(int64_t panel) const {
+    const int64_t left = (columns + W - 1) / W - panel * kPanelVectors;
+    return left < kPanelVectors ? left : kPanelVectors;
+  }
+  int64_t offset(int64_t panel) const { return panel * kPanelVectors * W * K; }
+  int64_t size() const { return (columns + W - 1) / W * W * K; }
+};
+
+// panel[k][c][lane] = w[row(c, lane)][k]: rows of w become columns. `row` yields -1 for padding.
+template <class T, class Row>
+void pack_rows(const T* w, int64_t K, int C, T* panel, const Row& row) {
+  constexpr int W = Simd<T>::kWidth, kBlock = 16;  // a block of a row is read while its target stays in cache
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
+    for (int c = 0; c < C; ++c)
+      for (int lane = 0; lane < W; ++lane) {
+        const int64_t source = row(c, lane);
+        T* target = panel + c * W + lane;
+        if (source < 0)
+          for (int64_t k = k0; k < k1; ++k) target[k * C * W] = T(0);
+        else
+          for (int64_t k = k0; k < k1; ++k) target[k * C * W] = w[source * K + k];
+      }
+  }
+}
+
+// One panel of w [columns, K] transposed: column j of the product is row j of w.
+template <class T>
+void pack_transposed(const T* w, const Panels<T>& panels, int64_t panel, T* out) {
+  const int64_t first = panel * kPanelVectors * Panels<T>::W;
+  pack_rows(w, panels.K, panels.vectors(panel), out + panels.offset(panel), [&](int c, int lane) {
+    const int64_t column = first + c * Panels<T>::W + lane;
+    return column < panels.columns ? column : -1;
+  });
+}
+
+// One panel of w [K, columns] as it is.
+template <class T>
+void pack_natural(const T* w, const Panels<T>& panels, int64_t panel, T* out) {
+  const int64_t first = panel * kPanelVectors * Panels<T>::W, width = panels.vectors(panel) * Panels<T>::W;
+  const int64_t valid = panels.columns - first < width ? panels.columns - first : width;
+  out += panels.offset(panel);
+  for (int64_t k = 0; k < panels.K; ++k, out += width) {
+    const T* source = w + k * panels.columns + first;
+    for (int64_t j = 0; j < valid; ++j) out[j] = source[j];
+    for (int64_t j = valid; j < width; ++j) out[j] = T(0);
+  }
+}
+
+// out[r][j] = finish(accumulate * out[r][j] + sum over k of a[r][k] * w[k][j]) for the columns of one panel.
+template <bool kAccumulate, class T, class Finish>
+void multiply_panel(const T* a, int64_t lda, int64_t rows, const Panels<T>& panels, const T* packed,
+                    int64_t panel, T* out, int64_t ldo, const Finish& finish) {
+  constexpr int W = Simd<T>::kWidth;
+  const int64_t first = panel * kPanelVectors * W;
+  packed += panels.offset(panel);
+  out += first;
+  const auto tile = [&]<int R, int C>(int64_t r0) {
+    const auto lanes = [&](int c) {
+      const int64_t left = panels.columns - first - c * W;
+      return static_cast<int>(left < W ? left : W);
+    };
+    Simd<T> acc[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c)
+        acc[r][c] = kAccumulate ? Simd<T>::load(out + (r0 + r) * ldo + c * W, lanes(c)) : Simd<T>(T(0));
+    multiply<T, R, C>(a + r0 * lda, lda, packed, panels.K, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) finish(acc[r][c]).store(out + (r0 + r) * ldo + c * W, lanes(c));
+  };
+  with_count<kPanelVectors>(panels.vectors(panel), [&](auto C) {
+    for_tiles<kTileRows<T, C()>>(rows,
+                              [&](int64_t r0, auto R) { tile.template operator()<R(), C()>(r0); });
+  });
+}
+
+// Cache-aligned scratch memory. (Not std::vector: its code would be shared between instruction sets.)
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : p_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {
+    if (!p_) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(p_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return p_; }
+
+ private:
+  T* p_;
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

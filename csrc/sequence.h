@@ -1,0 +1,74 @@
+// What a sequence is, in plain structs that every schedule shares.
+//
+// Dims: T time, B batch, I input, H hidden, P width of h (H, or the projection's), N independent recurrences,
+// G gates, S states. Rows are time-major: row (t, b) of a padded sequence is t*B + b; of a packed one, the rows of
+// step t are those of the sequences still alive, which come first in the batch.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+// The numbers are part of the ops' schemas: fusedrnn/cells.py has the same.
+enum class CellId : int64_t { kLstm = 0, kGru = 1, kRnnTanh = 2, kRnnRelu = 3 };
+
+inline constexpr int kMaxStates = 2;
+
+// How h is rounded at every step: to the dtype of the caller's tensors.
+enum class Rounding { kNone, kBFloat16, kHalf };
+
+struct Steps {
+  int64_t T, B;
+  const int64_t* offsets;  // [T+1] first row of each step; null when padded
+
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  int64_t count(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
+  int64_t rows() const { return offset(T); }
+};
+
+// The weights of one of the N recurrences, in torch's layout; biases and projection may be null.
+template <class T>
+struct Recurrence {
+  const T* weight_hh;  // [G*H, P]
+  const T* bias_ih;    // [G*H]
+  const T* bias_hh;    // [G*H]
+  const T* weight_hr;  // [P, H]
+  bool reverse;
+};
+
+template <class T>
+struct ForwardParams {
+  Steps steps;
+  int64_t N, H, P;
+  const Recurrence<T>* recurrences;  // [N]
+  Rounding rounding;
+  // [rows, N, slots, H]: W_ih x in the first G slots on entry; if `keep`, the cell's saved values on exit.
+  T* gates;
+  int64_t slots;
+  bool keep;
+  const T* h0;           // [N, B, P]
+  T* y;                  // [rows, N, P]
+  T* h_final;            // [N, B, P]
+  T* state[kMaxStates];  // [1..]: [N, B, H], initial on entry, final on exit
+  T* kept[kMaxStates];   // [rows, N, H] or null: the states of all steps; [0] is h before its projection
+};
+
+template <class T>
+struct BackwardParams {
+  Steps steps;
+  int64_t N, H, P;
+  const Recurrence<T>* recurrences;
+  const T* gates;  // [rows, N, slots, H] as the forward left it
+  int64_t slots;
+  const T* h0;                       // [N, B, P]
+  const T* state0[kMaxStates];       // [1..]: [N, B, H], the initial states
+  const T* y;                        // [rows, N, P]
+  const T* kept[kMaxStates];         // as the forward left them
+  const T* dy;                       // [rows, N, P] or null
+  T* dstate[kMaxStates];             // [N, B, P], [N, B, H]: of the final states on entry, of the initial on exit
+  T *dgx, *dgh;                      // [rows, N, G, H]; one buffer for cells whose gates share a gradient
+  T* dprojected;                     // [rows, N, P]: gradient of the projected h of each step; null without
+  T* h_previous;                     // [rows, N, P]: the h each row's step started from; null if not wanted
+};
+
+}  // namespace fusedrnn

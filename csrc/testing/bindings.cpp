@@ -1,0 +1,77 @@
+// The C++ units that no torch op exposes, for the tests: cells in fp64, plans, vector functions.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "../cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace fusedrnn;
+
+namespace {
+
+using Values = std::vector<double>;
+
+template <int N>
+Array<double, N> array(const Values& values) {
+  if (values.size() != N) throw py::value_error("expected " + std::to_string(N) + " values");
+  Array<double, N> out{};
+  for (int i = 0; i < N; ++i) out[i] = values[i];
+  return out;
+}
+
+template <int N>
+Values list(const Array<double, N>& values) {
+  return Values(values.values, values.values + N);
+}
+
+template <class Cell>
+void bind_cell(py::module_& m, const char* name) {
+  static_assert(CellOn<Cell, double>);
+  py::class_<Cell>(m, name)
+      .def_readonly_static("gates", &Cell::kGates)
+      .def_readonly_static("states", &Cell::kStates)
+      .def_readonly_static("saved", &Cell::kSaved)
+      .def_static("forward",
+                  [](const Values& gx, const Values& gh, const Values& state) {
+                    const auto out = Cell::forward(array<Cell::kGates>(gx), array<Cell::kGates>(gh),
+                                                   array<Cell::kStates>(state));
+                    return std::pair(list(out.state), list(out.saved));
+                  })
+      .def_static("backward", [](const Values& dnext, const Values& saved, const Values& state,
+                                 const Values& next) {
+        const auto d = Cell::backward(array<Cell::kStates>(dnext), array<Cell::kSaved>(saved),
+                                      array<Cell::kStates>(state), array<Cell::kStates>(next));
+        return std::tuple(list(d.dgx), list(d.dgh), list(d.dstate));
+      });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_testing, m) {
+  bind_cell<Lstm>(m, "lstm");
+  bind_cell<Gru>(m, "gru");
+  bind_cell<RnnTanh>(m, "rnn_tanh");
+  bind_cell<RnnRelu>(m, "rnn_relu");
+  m.def("isa", [] { return kernels().isa; });
+  m.def("apply", [](const char* function, std::vector<float> values) {
+    kernels().apply(function, values.data(), static_cast<int64_t>(values.size()));
+    return values;
+  });
+  m.def("plan_resident", [](int64_t N, int64_t B, int64_t H, int64_t bytes_hh, bool projected,
+                            int64_t units_per_slice, int64_t threads, int64_t cache_bytes) {
+    const ResidentPlan plan =
+        plan_resident(N, B, H, bytes_hh, projected, units_per_slice, {threads, cache_bytes});
+    return std::pair(plan.row_chunks, plan.unit_slices);
+  });
+  m.def("balanced_rows", [](const std::vector<int64_t>& batch_sizes, int64_t chunks) {
+    std::vector<int64_t> offsets{0};
+    for (int64_t size : batch_sizes) offsets.push_back(offsets.back() + size);
+    return balanced_rows({static_cast<int64_t>(batch_sizes.size()), batch_sizes.at(0), offsets.data()}, chunks);
+  });
+}

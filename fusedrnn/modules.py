@@ -1,0 +1,360 @@
+"""Drop-in modules for ``torch.nn.LSTM``, ``GRU``, ``RNN`` and their cells.
+
+Each is a subclass of the module it replaces and takes its constructor, parameters, initialisation,
+``state_dict`` and ``repr`` from it; only ``forward`` is new. A call that does not fit is handed to the
+built-in's own ``forward``, which raises: type and message of an error are those of the torch installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .functional import Weights
+
+_CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+_NONLINEARITIES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
+_AUTOCAST_MIXES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Layers(RNNBase):
+    """What LSTM, GRU and RNN share: normalises the input, checks it and runs the layers in turn."""
+
+    _states: ClassVar[int] = 1
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the parameters where they are. Callers of the built-in's need it."""
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        weights = self._layer_weights()
+        run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
+        y, final = run(input, hx, weights)
+        return y, tuple(final) if self._states > 1 else final[0]
+
+    def _forward_padded(self, input: Tensor, hx: Any, weights: list[Weights]) -> tuple[Tensor, list[Tensor]]:
+        rank = input.dim()
+        if rank == 3:
+            x = input.transpose(0, 1) if self.batch_first else input
+        elif rank == 2:
+            x = input.unsqueeze(1)  # [T, 1, I]: batch_first means nothing here
+        else:
+            self._refuse(input, hx)
+        T, B, features = x.shape
+        state = self._given_state(hx, stacked=rank == 2)
+        if state and rank == 2:
+            state = [s.unsqueeze(1) for s in state]
+        if state is None or T == 0 or features != self.input_size or not _alike(x, weights[0].ih[0], state):
+            self._refuse(input, hx)
+        if state and [s.shape for s in state] != self._state_shapes(B):
+            self._refuse(input, hx)
+        y, final = self._run(x, state, weights, B)
+        if rank == 2:
+            return y.squeeze(1), [s.squeeze(1) for s in final]
+        return y.transpose(0, 1) if self.batch_first else y, final
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Any, weights: list[Weights]
+    ) -> tuple[PackedSequence, list[Tensor]]:
+        x, batch_sizes, sorted_indices, unsorted_indices = packed
+        # The built-in checks little of this and can answer with wrong numbers, so the errors are ours.
+        if x.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
+        if x.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(1)}"
+            )
+        _check_batch_sizes(batch_sizes, x.size(0))
+        B = int(batch_sizes[0])
+        for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+            if indices is not None and indices.shape != (B,):
+                raise RuntimeError(
+                    f"{name} must have shape ({B},), one entry per sequence, got {tuple(indices.shape)}"
+                )
+        state = self._given_state(hx)
+        if state is None:
+            self._refuse(packed, hx)
+        for i, (s, shape) in enumerate(zip(state, self._state_shapes(B), strict=False)):
+            which = f"hidden[{i}]" if self._states > 1 else "hidden"
+            self.check_hidden_size(s, shape, f"Expected {which} size {{}}, got {{}}")
+        if not _alike(x, weights[0].ih[0], state):
+            self._refuse(packed, hx)
+        if sorted_indices is not None:
+            state = [s.index_select(1, sorted_indices) for s in state]
+        y, final = self._run(x, state, weights, B, batch_sizes)
+        if unsorted_indices is not None:
+            final = [s.index_select(1, unsorted_indices) for s in final]
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), final
+
+    def _run(
+        self,
+        x: Tensor,
+        state: list[Tensor],
+        weights: list[Weights],
+        B: int,
+        batch_sizes: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs all layers on ``[T, B, I]`` or packed rows; no ``state`` means zeros."""
+        cell, reverse = _CELLS[self.mode], [False, True] if self.bidirectional else [False]
+        layers, D = len(weights), len(reverse)
+        if not state:
+            # All layers start from the same tensors: nothing writes to an initial state.
+            zeros = x.new_zeros(D, B, self.hidden_size)
+            initial = [[zeros] * self._states] * layers
+            if self.proj_size:
+                initial = [[x.new_zeros(D, B, self.proj_size), zeros]] * layers
+        elif layers == 1:
+            initial = [state]
+        else:
+            initial = [list(s) for s in zip(*[s.split(D) for s in state], strict=True)]
+        p = self.dropout if self.training else 0.0
+        finals = []
+        for layer in range(layers):
+            if p and layer:
+                x = torch.dropout(x, p, True)
+            x, final = functional.sequence(
+                cell, x, initial[layer], weights[layer], reverse=reverse, batch_sizes=batch_sizes
+            )
+            finals.append(final)
+        if layers == 1:
+            return x, finals[0]
+        return x, [torch.cat(s) for s in zip(*finals, strict=True)]
+
+    def _layer_weights(self) -> list[Weights]:
+        # Read at every call, and once: a parametrization computes its tensor at each read, and weight_norm,
+        # functional_call or weight drop may have put another tensor in the place of a parameter.
+        names, D = self._all_weights, 2 if self.bidirectional else 1
+        layers = []
+        for first in range(0, len(names), D):
+            # weight_ih, weight_hh, with biases bias_ih and bias_hh, with a projection weight_hr
+            groups = list(zip(*[_read(self, group) for group in names[first : first + D]], strict=True))
+            hr = groups.pop() if self.proj_size else ()
+            bias_ih, bias_hh = groups[2:] or ((), ())
+            layers.append(Weights(groups[0], groups[1], bias_ih, bias_hh, hr))
+        return layers
+
+    def _given_state(self, hx: Any, *, stacked: bool = False) -> list[Tensor] | None:
+        """The initial states, empty if not given, or None if ``hx`` is of the wrong kind.
+
+        ``stacked``: whether h and c may come as one tensor.
+        """
+        if hx is None:
+            return []
+        if self._states == 1:
+            return [hx] if isinstance(hx, Tensor) else None
+        if not isinstance(hx, (tuple, list)) and not (stacked and isinstance(hx, Tensor)):
+            return None
+        state = list(hx)
+        return state if len(state) == self._states and all(isinstance(s, Tensor) for s in state) else None
+
+    def _state_shapes(self, B: int) -> list[tuple[int, int, int]]:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        h = (rows, B, self.proj_size or self.hidden_size)
+        return [h] if self._states == 1 else [h, (rows, B, self.hidden_size)]
+
+    def _refuse(self, input: Any, hx: Any) -> NoReturn:
+        with torch.no_grad():
+            super().forward(input, hx)
+        _refuse(self, input, hx)
+
+
+class LSTM(_Layers, torch.nn.LSTM):
+    """Multi-layer LSTM.
+
+    Equivalent to :class:`torch.nn.LSTM`, whose arguments, parameters and checkpoints it shares.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of the state.
+        num_layers: L, layers stacked on one another. Default: 1.
+        bias: whether there are biases. Default: True.
+        batch_first: whether input and output are ``[B, T, *]`` instead of ``[T, B, *]``. Default: False.
+        dropout: probability of dropout between layers, in training. Default: 0.
+        bidirectional: whether each layer also runs from the last step to the first (D=2; else D=1).
+            Default: False.
+        proj_size: P, features that ``h`` is projected to; 0 for no projection (P=H below). Default: 0.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+
+    Call with:
+        input: ``[T, B, I]``, unbatched ``[T, I]``, or a :class:`~torch.nn.utils.rnn.PackedSequence`; of the
+            dtype and device of the parameters, with any strides.
+        hx: ``(h_0 [L*D, B, P], c_0 [L*D, B, H])``, without B for unbatched input. Default: zeros.
+
+    Returns:
+        ``output [T, B, D*P]``, in the form of the input, and ``(h_n, c_n)``, shaped as ``hx``.
+
+    Raises:
+        What :class:`torch.nn.LSTM` raises; also RuntimeError for a packed input whose features,
+        ``batch_sizes`` or state do not fit, where the built-in may go on.
+    """
+
+    _states = 2
+
+
+class GRU(_Layers, torch.nn.GRU):
+    """Multi-layer GRU.
+
+    Equivalent to :class:`torch.nn.GRU`, whose arguments, parameters and checkpoints it shares. Arguments,
+    shapes and errors are those of :class:`LSTM`, without ``proj_size``; ``hx`` and the final state are one
+    tensor ``[L*D, B, H]``.
+    """
+
+
+class RNN(_Layers, torch.nn.RNN):
+    """Multi-layer Elman RNN.
+
+    Equivalent to :class:`torch.nn.RNN`, whose arguments, parameters and checkpoints it shares. Arguments,
+    shapes and errors are those of :class:`GRU`, with ``nonlinearity`` (``"tanh"`` or ``"relu"``) as the
+    fourth argument.
+    """
+
+
+class _Cell(RNNCellBase):
+    """What the cells share: a step is a sequence of length one."""
+
+    _states: ClassVar[int] = 1
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        rank, cell = input.dim(), self._cell_name()
+        if rank not in (1, 2) or cell is None:
+            self._refuse(input, hx)
+        ih, hh, bias_ih, bias_hh = _read(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        B, shape = input.shape[0] if rank == 2 else 1, (*input.shape[:-1], self.hidden_size)
+        if hx is None:
+            state = [input.new_zeros(shape)] * self._states
+        else:
+            state = [hx] if self._states == 1 else list(hx)
+            fits = len(state) == self._states and all(
+                isinstance(s, Tensor) and s.shape == shape for s in state
+            )
+            if not fits or (rank == 2 and self._states > 1 and isinstance(hx, Tensor)):
+                self._refuse(input, hx)
+        if input.shape[-1] != self.input_size or not _alike(input, ih, state):
+            self._refuse(input, hx)
+        weights = Weights((ih,), (hh,))
+        if bias_ih is not None or bias_hh is not None:  # the built-in takes either without the other
+            biases = (ih.new_zeros(ih.shape[0]) if b is None else b for b in (bias_ih, bias_hh))
+            weights = Weights((ih,), (hh,), *((b,) for b in biases))
+        x = input.view(1, B, self.input_size)
+        _, final = functional.sequence(cell, x, [s.view(1, B, self.hidden_size) for s in state], weights)
+        final = [s.view(shape) for s in final]
+        return tuple(final) if self._states > 1 else final[0]
+
+    def _cell_name(self) -> str | None:
+        raise NotImplementedError
+
+    def _refuse(self, input: Any, hx: Any) -> NoReturn:
+        with torch.no_grad():
+            super().forward(input, hx)
+        _refuse(self, input, hx)
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """One LSTM step.
+
+    Equivalent to :class:`torch.nn.LSTMCell`, whose arguments, parameters and checkpoints it shares.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of the state.
+        bias: whether there are biases. Default: True.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+
+    Call with:
+        input: ``[B, I]`` or unbatched ``[I]``, of the dtype and device of the parameters, with any strides.
+        hx: ``(h [B, H], c [B, H])``, without B for unbatched input. Default: zeros.
+
+    Returns:
+        The next ``(h, c)``.
+
+    Raises:
+        What :class:`torch.nn.LSTMCell` raises; also RuntimeError where h and c differ in dtype.
+    """
+
+    _states = 2
+
+    def _cell_name(self) -> str:
+        return "lstm"
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """One GRU step.
+
+    Equivalent to :class:`torch.nn.GRUCell`. Arguments, shapes and errors are those of :class:`LSTMCell`; the
+    state is one tensor ``[B, H]``.
+    """
+
+    def _cell_name(self) -> str:
+        return "gru"
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """One Elman RNN step.
+
+    Equivalent to :class:`torch.nn.RNNCell`. Arguments, shapes and errors are those of :class:`GRUCell`, with
+    ``nonlinearity`` (``"tanh"`` or ``"relu"``) as the fourth argument.
+    """
+
+    def _cell_name(self) -> str | None:
+        return _NONLINEARITIES.get(self.nonlinearity)
+
+
+def _read(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
+    # A Parameter is found here at once; getattr looks here last, after everything else has failed.
+    parameters = module._parameters
+    return [p if (p := parameters.get(name)) is not None else getattr(module, name) for name in names]
+
+
+def _alike(x: Tensor, weight: Tensor, state: list[Tensor]) -> bool:
+    """Whether all are on one device, and of one dtype or of dtypes that the active autocast can mix."""
+    dtype, device = x.dtype, x.device
+    mixed = False
+    for tensor in (weight, *state):
+        if tensor.device != device:
+            return False
+        if tensor.dtype is not dtype:
+            mixed = True
+    if not mixed:
+        return True
+    dtypes = [t.dtype for t in (x, weight, *state)]
+    return torch.is_autocast_enabled(device.type) and all(d in _AUTOCAST_MIXES for d in dtypes)
+
+
+def _check_batch_sizes(batch_sizes: Any, rows: int) -> None:
+    if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        got = type(batch_sizes).__name__
+        if isinstance(batch_sizes, Tensor):
+            got = f"a {batch_sizes.dim()}-D tensor of {batch_sizes.dtype}"
+        raise RuntimeError(f"batch_sizes must be a 1-D tensor of torch.int64, got {got}")
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes should always be on CPU, got {batch_sizes.device}")
+    if batch_sizes.size(0) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if torch.compiler.is_compiling():  # the values are not known while tracing
+        return
+    if (total := int(batch_sizes.sum())) != rows:
+        raise RuntimeError(f"batch_sizes must add up to the rows of the input. Expected {rows}, got {total}")
+    if batch_sizes[-1] <= 0 or (batch_sizes[1:] > batch_sizes[:-1]).any():
+        raise RuntimeError("batch_sizes must be positive and must not increase from step to step")
+
+
+def _refuse(module: torch.nn.Module, input: Any, hx: Any) -> NoReturn:
+    """For what the built-in takes and these modules do not."""
+
+    def kind(value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(map(kind, value))})"
+        return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    data = input.data if isinstance(input, PackedSequence) else input
+    raise RuntimeError(
+        f"{type(module).__name__} expects input, state and weights of one dtype on one device, and a state "
+        f"of the documented form; got input {kind(data)} and state {kind(hx)}"
+    )

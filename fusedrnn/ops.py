@@ -1,0 +1,329 @@
+"""The torch ops: one per layer forward, one backward, with their fake kernels, autograd and autocast rules.
+
+The compiled library defines the schemas (``csrc/ops.cpp``); this module adds what torch asks of an op in Python.
+``fusedrnn::sequence`` is for inference and keeps nothing; ``fusedrnn::sequence_forward`` also returns what
+``fusedrnn::sequence_backward`` needs. The backward op is differentiable itself, through the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import libraries, reference
+from .cells import CELL_BY_ID, Cell, compute_dtype
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def sequence(
+    cell: Cell,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Calls the op that fits: the one without autograd when no gradient can be asked for."""
+    tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    args = (cell.id, x, *tensors, reverse, batch_sizes)
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for g in tensors for t in g)):
+        y, final, _ = torch.ops.fusedrnn.sequence_forward(*args)
+    else:
+        y, final = torch.ops.fusedrnn.sequence(*args)
+    return y, final
+
+
+def check(
+    cell: Cell,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+) -> None:
+    """Checks a call as the compiled op does, for the reference and for tracing, where no kernel sees it.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    N = len(reverse)
+    packed = batch_sizes is not None
+    _require(x.dim() == (2 if packed else 3), f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
+    _require(N > 0 and len(weight_ih) == N and len(weight_hh) == N, "weights must have one tensor per recurrence")
+    _require(len(bias_ih) == len(bias_hh) and len(bias_ih) in (0, N), "biases must be given for all or none")
+    _require(len(weight_hr) in (0, N), "projections must be given for all recurrences or none")
+    _require(len(state) == cell.states, f"{cell.name} has {cell.states} states, got {len(state)}")
+    G, H = cell.gates, weight_hh[0].size(0) // cell.gates
+    P = weight_hr[0].size(0) if weight_hr else H
+    B = state[0].size(1)
+    if not packed:
+        _require(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN")
+        _require(x.size(1) == B, f"state has batch size {B}, x has {x.size(1)}")
+    for name, group, shape in (
+        ("weight_ih", weight_ih, (G * H, x.size(-1))),
+        ("weight_hh", weight_hh, (G * H, P)),
+        ("bias_ih", bias_ih, (G * H,)),
+        ("bias_hh", bias_hh, (G * H,)),
+        ("weight_hr", weight_hr, (P, H)),
+        ("state", state[:1], (N, B, P)),
+        ("state", state[1:], (N, B, H)),
+    ):
+        for tensor in group:
+            _require(
+                tensor.shape == shape, f"{name} must have shape {list(shape)}, got {list(tensor.shape)}"
+            )
+            _require(tensor.dtype == x.dtype, f"{name} has dtype {tensor.dtype}, x has {x.dtype}")
+            _require(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
+    if batch_sizes is not None:
+        _check_batch_sizes(batch_sizes, x, B)
+
+
+def _check_batch_sizes(batch_sizes: Tensor, x: Tensor, B: int) -> None:
+    _require(batch_sizes.device.type == "cpu", "batch_sizes must be on the CPU")
+    _require(batch_sizes.dtype == torch.int64, f"batch_sizes must be int64, got {batch_sizes.dtype}")
+    _require(
+        batch_sizes.dim() == 1 and batch_sizes.numel() > 0, "Expected sequence length to be larger than 0 in RNN"
+    )
+    if not torch.compiler.is_compiling() and type(batch_sizes) is Tensor:
+        sizes = batch_sizes.tolist()
+        _require(sizes[0] == B, f"batch_sizes[0] is {sizes[0]}, the state has batch size {B}")
+        _require(
+            all(a >= b for a, b in zip(sizes, sizes[1:], strict=False)) and sizes[-1] > 0,
+            "batch_sizes must be positive and must not increase",
+        )
+        _require(sum(sizes) == x.size(0), f"batch_sizes add up to {sum(sizes)}, x has {x.size(0)} rows")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def autocast_arguments(cell: Cell, device: str, args: tuple) -> tuple:
+    """Casts the floating tensors of (x, state, *weights) as autocast asks.
+
+    On the CPU the built-in's GRU promotes under autocast, the other cells run in the autocast dtype; on CUDA all
+    run in the autocast dtype.
+    """
+    if device == "cpu" and cell.name == "gru":
+        x, state, *_ = args
+        dtype = torch.promote_types(x.dtype, args[2][0].dtype)
+        for s in state:
+            dtype = torch.promote_types(dtype, s.dtype)
+    else:
+        dtype = torch.get_autocast_dtype(device)
+    return tuple([t.to(dtype) for t in a] if isinstance(a, (list, tuple)) else a.to(dtype) for a in args)
+
+
+def _register() -> None:
+    library = torch.library.Library("fusedrnn", "FRAGMENT")
+    for name in ("sequence", "sequence_forward"):
+        for device in AUTOCAST_DEVICES:
+            library.impl(name, _autocast_rule(name, device), f"Autocast{device.upper()}")
+    torch.library.register_fake("fusedrnn::sequence", _fake_sequence)
+    torch.library.register_fake("fusedrnn::sequence_forward", _fake_forward)
+    torch.library.register_fake("fusedrnn::sequence_backward", _fake_backward)
+    torch.library.register_autograd("fusedrnn::sequence_forward", _backward, setup_context=_save)
+    torch.library.register_autograd(
+        "fusedrnn::sequence_backward", _double_backward, setup_context=_save_backward
+    )
+    _keep_alive.append(library)
+
+
+_keep_alive: list[torch.library.Library] = []
+
+
+def _autocast_rule(name: str, device: str) -> Any:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+    op = getattr(torch.ops.fusedrnn, name)
+
+    def rule(cell: int, *args: Any) -> Any:
+        *tensors, reverse, batch_sizes = args
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            cast = autocast_arguments(CELL_BY_ID[cell], device, tuple(tensors))
+            return op(cell, *cast, reverse, batch_sizes)
+
+    return rule
+
+
+def _fake_sequence(
+    cell: int,
+    x: Tensor,
+    state: list[Tensor],
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    bias_ih: list[Tensor],
+    bias_hh: list[Tensor],
+    weight_hr: list[Tensor],
+    reverse: list[bool],
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    check(
+        CELL_BY_ID[cell],
+        x,
+        state,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        weight_hr,
+        reverse,
+        batch_sizes,
+    )
+    y = x.new_empty(*x.shape[:-1], len(reverse) * weight_hh[0].size(1))
+    return y, [s.new_empty(s.shape) for s in state]
+
+
+def _fake_forward(
+    cell: int,
+    x: Tensor,
+    state: list[Tensor],
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    *rest: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    y, final = _fake_sequence(cell, x, state, weight_ih, weight_hh, *rest)
+    spec, weight_hr = CELL_BY_ID[cell], rest[2]
+    H = weight_hh[0].size(0) // spec.gates
+    shape, dtype = (*x.shape[:-1], len(weight_hh)), compute_dtype(x.dtype)
+    saved = [x.new_empty(*shape, H, dtype=dtype) for _ in range(spec.states - (0 if weight_hr else 1))]
+    if spec.saved:
+        saved.append(x.new_empty(*shape, spec.saved, H, dtype=dtype))
+    return y, final, saved
+
+
+def _fake_backward(
+    cell: int,
+    x: Tensor,
+    state: list[Tensor],
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    bias_ih: list[Tensor],
+    bias_hh: list[Tensor],
+    weight_hr: list[Tensor],
+    reverse: list[bool],
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    saved: list[Tensor],
+    dy: Tensor | None,
+    dfinal: list[Tensor],
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, ...]:
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    dweights = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in weights]
+    return dx, [s.new_empty(s.shape) for s in state], *dweights
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    cell, x, *groups, reverse, batch_sizes = inputs
+    y, _, saved = output
+    ctx.cell, ctx.reverse = cell, reverse
+    ctx.lengths = [len(group) for group in (*groups, saved)]
+    ctx.save_for_backward(x, batch_sizes, y, *(t for group in (*groups, saved) for t in group))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], _: Any) -> tuple:
+    x, batch_sizes, y, *flat = ctx.saved_tensors
+    *groups, saved = _unflatten(flat, ctx.lengths)
+    state = groups[0]
+    _, need_dx, need_dstate, *need_weights, _, _ = ctx.needs_input_grad
+    need_dweights = any(any(need) for need in need_weights)
+    if dy is None and all(d is None for d in dfinal):
+        return (None, None, *([None] * n if n else [] for n in ctx.lengths[:-1]), None, None)
+    dx, dstate, *dweights = torch.ops.fusedrnn.sequence_backward(
+        ctx.cell,
+        x,
+        *groups,
+        ctx.reverse,
+        batch_sizes,
+        y,
+        saved,
+        dy,
+        [torch.zeros_like(s) if d is None else d for s, d in zip(state, dfinal, strict=True)],
+        need_dx,
+        need_dweights,
+    )
+    lists = [_needed(dstate, need_dstate)]
+    lists += [_needed(group, need) for group, need in zip(dweights, need_weights, strict=True)]
+    return (None, dx if need_dx else None, *lists, None, None)
+
+
+def _needed(grads: list[Tensor], need: list[bool]) -> list[Tensor | None]:
+    return [g if n else None for g, n in zip(grads, need, strict=True)] if grads else [None] * len(need)
+
+
+def _unflatten(flat: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+    tensors = iter(flat)
+    return [[next(tensors) for _ in range(n)] for n in lengths]
+
+
+def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    cell, x, *groups, reverse, batch_sizes, _, saved, dy, dfinal, _, _ = inputs
+    ctx.cell, ctx.reverse, ctx.n_saved = cell, reverse, len(saved)
+    ctx.lengths = [len(group) for group in (*groups, dfinal)]
+    ctx.save_for_backward(x, batch_sizes, dy, *(t for group in (*groups, dfinal) for t in group))
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None]) -> tuple:
+    """Differentiates the reference's backward.
+
+    Everything the backward op reads (also ``y`` and what the forward saved) is a function of the forward's
+    inputs, so the gradients with respect to those and to the incoming gradients are the whole of it.
+    """
+    x, batch_sizes, dy, *flat = ctx.saved_tensors
+    with torch.enable_grad():
+        # Aliases: one tensor may stand in two places, and one input may have been computed from another.
+        x = _alias(x)
+        *groups, dfinal = _unflatten([_alias(t) for t in flat], ctx.lengths)
+        cell = CELL_BY_ID[ctx.cell]
+        y, final = reference.sequence(cell.name, x, *groups, ctx.reverse, batch_sizes)
+        dy = _alias(torch.zeros_like(y) if dy is None else dy)
+        inputs = [x, *(t for group in groups for t in group)]
+        grads = torch.autograd.grad([y, *final], inputs, [dy, *dfinal], create_graph=True, allow_unused=True)
+        seeds = [ddx, *(t for group in ddgroups for t in (group or []))]
+        if len(seeds) != len(inputs):  # the op was told that no weight gradients are needed
+            seeds += [None] * (len(inputs) - len(seeds))
+        pairs = [
+            (g, s) for g, s in zip(grads, seeds, strict=True) if s is not None and g is not None and s.numel()
+        ]
+        wanted = [*inputs, dy, *dfinal]
+        result = (
+            torch.autograd.grad(
+                [g for g, _ in pairs],
+                wanted,
+                [s for _, s in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            if pairs
+            else [None] * len(wanted)
+        )
+    dx, *rest = result
+    *dgroups, (ddy,), ddfinal = _unflatten(rest, [*ctx.lengths[:-1], 1, ctx.lengths[-1]])
+    return (None, dx, *dgroups, None, None, None, [None] * ctx.n_saved, ddy, ddfinal, None, None)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+if not libraries.cpu_reason():
+    _register()

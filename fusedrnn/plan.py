@@ -1,0 +1,75 @@
+"""Chooses a backend for a problem: a pure function of the problem and of which backends are available."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection), N."""
+
+    cell: str
+    device: str
+    dtype: torch.dtype
+    T: int
+    B: int
+    I: int  # noqa: E741 - the field's name for the input size
+    H: int
+    P: int
+    reverse: tuple[bool, ...]
+    training: bool
+    packed: bool
+
+
+class Plan(NamedTuple):
+    """The chosen backend, and for every backend that was not chosen the reason."""
+
+    backend: str
+    rejected: dict[str, str]
+
+
+def make_plan(problem: Problem, available: dict[str, str], forced: str | None = None) -> Plan:
+    """Chooses the backend.
+
+    Args:
+        problem: the layer call.
+        available: for every backend, why it is not available ("" if it is).
+        forced: a backend that must serve the problem.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve the problem; the message says why.
+    """
+    rejected: dict[str, str] = {}
+    for backend in (forced,) if forced else _preference(problem):
+        reason = available[backend] or cannot_serve(backend, problem)
+        if not reason:
+            return Plan(backend, rejected)
+        rejected[backend] = reason
+    raise RuntimeError(
+        "; ".join(f"backend {name!r} cannot serve this call: {why}" for name, why in rejected.items())
+    )
+
+
+def cannot_serve(backend: str, problem: Problem) -> str:
+    """Why the backend cannot serve the problem; empty if it can."""
+    if backend in ("cuda", "cpu"):
+        if problem.device != backend:
+            return f"it serves {backend} tensors, these are on {problem.device}"
+        if problem.dtype not in _FLOATING:
+            return f"it has no kernel for {problem.dtype}"
+    if backend == "torch":
+        if problem.reverse not in ((False,), (False, True)):
+            return "the built-in runs one forward recurrence, or one forward and one reverse"
+        if problem.dtype not in _FLOATING:
+            return f"the built-in has no kernel for {problem.dtype}"
+    return ""
+
+
+def _preference(problem: Problem) -> tuple[str, ...]:
+    if problem.device == "cpu":
+        return ("cpu", "torch", "reference")
+    return ("cuda", "torch", "reference")

@@ -1,0 +1,120 @@
+"""Fixtures shared by the tests: backends forced by name, and comparison with torch.nn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fusedrnn
+
+BACKENDS = ("reference", "torch", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each backend forced. One that is not available is an error, not a skip."""
+    with fusedrnn.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def twins() -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """``twins(name, *args, **kwargs)``: our module and torch's, built from the same seed."""
+
+    def make(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(1)
+        ours = getattr(fusedrnn, name)(*args, **kwargs)
+        torch.manual_seed(1)
+        return ours, getattr(nn, name)(*args, **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def flat() -> Callable[[Any], list[Tensor]]:
+    """``flat(output)``: the tensors of a module's output or input, in order."""
+    return _flat
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """``assert_same(ours, theirs, x, hx=None)``: equal outputs, layouts and gradients of two modules.
+
+    Gradients are those of x, hx and every parameter, for random gradients of every output. Both forwards
+    start from the same random state and must leave the same one behind.
+    """
+    return _assert_same
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value or () for tensor in _flat(item)]
+
+
+def _leaves(value: Any) -> Any:
+    """The same tensors, with the same strides, as leaves that ask for a gradient."""
+    if value is None:
+        return None
+    if isinstance(value, PackedSequence):
+        return PackedSequence(_leaves(value.data), *value[1:])
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_()
+    return type(value)(_leaves(item) for item in value)
+
+
+def _layout(tensor: Tensor) -> tuple:
+    """What two tensors must share besides values; strides of sizes of one mean nothing."""
+    strides = [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1 and tensor.numel()]
+    return tensor.shape, tensor.dtype, tensor.device, strides
+
+
+def _run(module: nn.Module, x: Any, hx: Any) -> tuple[list[Tensor], dict[str, Tensor | None], Tensor]:
+    x, hx = _leaves(x), _leaves(hx)
+    torch.manual_seed(2)
+    output = module(x) if hx is None else module(x, hx)
+    random_state = torch.get_rng_state()
+    tensors = _flat(output)
+    torch.manual_seed(3)
+    module.zero_grad()
+    torch.autograd.backward(tensors, [torch.randn(t.shape, dtype=t.dtype) for t in tensors])
+    grads = {f"input {i}": t.grad for i, t in enumerate(_flat((x, hx)))}
+    grads |= {name: p.grad for name, p in module.named_parameters()}
+    return [t.detach() for t in tensors], grads, random_state
+
+
+def _assert_same(
+    ours: nn.Module,
+    theirs: nn.Module,
+    x: Any,
+    hx: Any = None,
+    *,
+    layout: bool = True,
+    # fp64 sums of some dozens of terms in another order, through some dozen steps: 1.1e-16 each
+    rtol: float = 1e-9,
+    atol: float = 1e-11,
+) -> None:
+    our_output, our_grads, our_random_state = _run(ours, x, hx)
+    output, grads, random_state = _run(theirs, x, hx)
+    if layout:
+        assert [_layout(t) for t in our_output] == [_layout(t) for t in output]
+    for i, (a, b) in enumerate(zip(our_output, output, strict=True)):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m, i=i: f"output {i}: {m}")
+    assert our_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            our_grads[name], grad, rtol=rtol, atol=atol, msg=lambda m, name=name: f"gradient of {name}: {m}"
+        )
+    assert torch.equal(our_random_state, random_state)
