@@ -15,7 +15,7 @@ CPP  = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 .PHONY: help bench test lint build clean distclean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 bench: build $(VENV)/.installed-bench
 	$(PY) -m benchmarks $(ARGS)

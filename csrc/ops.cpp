@@ -37,6 +37,18 @@ constexpr CellTraits traits_of(const char* name) {
 constexpr CellTraits kCells[] = {traits_of<Lstm>("lstm"), traits_of<Gru>("gru"), traits_of<RnnTanh>("rnn_tanh"),
                                  traits_of<RnnRelu>("rnn_relu")};
 
+// Autograd is registered on the ops themselves; what they call must not record a second graph.
+class NoGrad {
+ public:
+  NoGrad() : enabled_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(enabled_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool enabled_;
+};
+
 // Calls into torch that the stable headers have no function for.
 
 Tensor mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -297,6 +309,7 @@ Outputs forward(const Call& call, bool training) {
 }
 
 Outputs forward(const Call& call, bool training) {
+  const NoGrad no_grad;
   return call.compute == ScalarType::Double ? forward<double>(call, training) : forward<float>(call, training);
 }
 
@@ -427,6 +440,7 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
   STD_TORCH_CHECK(dfinal.size() == state.size(), "one gradient per state is needed");
   for (size_t s = 0; s < state.size(); ++s)
     check_tensor(call, "dfinal", dfinal[s], {call.N, call.B, s ? call.H : call.P});
+  const NoGrad no_grad;
   Gradients g = call.compute == ScalarType::Double
                     ? backward<double>(call, y, saved, dy, dfinal, need_dx, need_dweights)
                     : backward<float>(call, y, saved, dy, dfinal, need_dx, need_dweights);

@@ -1,17 +1,19 @@
 """Fused recurrent layers: a drop-in for ``torch.nn.LSTM``, ``GRU``, ``RNN`` and their cells."""
 
 from .backend import BackendStatus, backends, use_backend
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "BackendStatus",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
     "__version__",
     "backends",
     "use_backend",
 ]
-
-try:
-    from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-except ImportError:
-    pass

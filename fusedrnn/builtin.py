@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cells import Cell
+from .checks import check
 
 
 def sequence(
@@ -34,3 +36,13 @@ def sequence(
     else:
         y, *final = kernel(x, batch_sizes, hx, *options)
     return y, final
+
+
+def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
+    """Runs one step by the kernel behind the built-in's cell: x ``[1, B, I]``, states ``[1, B, H]``."""
+    check(cell, x, state, *weights, (False,), None, mixed_dtypes=torch.is_autocast_enabled(x.device.type))
+    kernel = getattr(torch._VF, f"{cell.builtin}_cell")
+    h = [s[0] for s in state]
+    parameters = [group[0] for group in weights[:4] if group]
+    new = kernel(x[0], tuple(h) if cell.states > 1 else h[0], *parameters)
+    return list(new) if cell.states > 1 else [new]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend, builtin, ops, reference
 from .cells import Cell, get_cell
+from .checks import check
 from .plan import Plan, Problem, make_plan
 
 
@@ -62,25 +63,56 @@ def sequence(
         RuntimeError: shapes, dtypes or devices do not fit, or the forced backend cannot serve the call.
     """
     spec = get_cell(cell)
-    device = x.device.type
     plan = _plan(spec, x, weights, reverse, batch_sizes)
+    return _run(plan, spec, x, state, weights, reverse, batch_sizes, promote=batch_sizes is not None)
+
+
+def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> list[Tensor]:
+    """Runs one step of one recurrence: what a cell module does.
+
+    Args:
+        cell: a registered cell.
+        x: input ``[B, I]``.
+        state: the S states, each ``[B, H]``, of the dtype and device of ``x``.
+        weights: the parameters, one tensor in each field.
+
+    Returns:
+        The S next states, each ``[B, H]``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`sequence`.
+    """
+    spec = get_cell(cell)
+    x, stacked = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
+    plan = _plan(spec, x, weights, (False,), None)
     if plan.backend == "torch":
-        return builtin.sequence(spec, x, state, *weights, batch_sizes)
-    args = (x, state, *weights)
-    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        args = ops.autocast_arguments(spec, device, args)
-        with torch.autocast(device, enabled=False):
-            return _run(plan, spec, args, reverse, batch_sizes)
-    return _run(plan, spec, args, reverse, batch_sizes)
+        return builtin.step(spec, x, stacked, weights)
+    _, final = _run(plan, spec, x, stacked, weights, (False,), None, promote=True)
+    return [s.squeeze(0) for s in final]
 
 
 def _run(
-    plan: Plan, cell: Cell, args: tuple, reverse: Sequence[bool], batch_sizes: Tensor | None
+    plan: Plan,
+    cell: Cell,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Weights,
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+    *,
+    promote: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    if plan.backend == "reference":
-        ops.check(cell, *args, reverse, batch_sizes)
-        return reference.sequence(cell.name, *args, reverse, batch_sizes)
-    return ops.sequence(cell, *args, reverse, batch_sizes)
+    device = x.device.type
+    autocast = device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    if plan.backend == "torch":
+        check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=autocast)
+        return builtin.sequence(cell, x, state, *weights, batch_sizes)
+    run = reference.sequence if plan.backend == "reference" else ops.sequence
+    if not autocast:
+        return run(cell, x, state, *weights, reverse, batch_sizes)
+    args: Any = ops.autocast_arguments(cell, device, (x, state, *weights), promote=promote)
+    with torch.autocast(device, enabled=False):
+        return run(cell, *args, reverse, batch_sizes)
 
 
 def _plan(

@@ -86,7 +86,7 @@ class _Layers(RNNBase):
             self._refuse(packed, hx)
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
-        y, final = self._run(x, state, weights, B, batch_sizes)
+        y, final = self._run(x, state, weights, B, batch_sizes.contiguous())
         if unsorted_indices is not None:
             final = [s.index_select(1, unsorted_indices) for s in final]
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), final
@@ -225,7 +225,7 @@ class _Cell(RNNCellBase):
         if rank not in (1, 2) or cell is None:
             self._refuse(input, hx)
         ih, hh, bias_ih, bias_hh = _read(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        B, shape = input.shape[0] if rank == 2 else 1, (*input.shape[:-1], self.hidden_size)
+        shape = (*input.shape[:-1], self.hidden_size)
         if hx is None:
             state = [input.new_zeros(shape)] * self._states
         else:
@@ -237,13 +237,18 @@ class _Cell(RNNCellBase):
                 self._refuse(input, hx)
         if input.shape[-1] != self.input_size or not _alike(input, ih, state):
             self._refuse(input, hx)
-        weights = Weights((ih,), (hh,))
-        if bias_ih is not None or bias_hh is not None:  # the built-in takes either without the other
-            biases = (ih.new_zeros(ih.shape[0]) if b is None else b for b in (bias_ih, bias_hh))
-            weights = Weights((ih,), (hh,), *((b,) for b in biases))
-        x = input.view(1, B, self.input_size)
-        _, final = functional.sequence(cell, x, [s.view(1, B, self.hidden_size) for s in state], weights)
-        final = [s.view(shape) for s in final]
+        if bias_ih is None and bias_hh is None:
+            weights = Weights((ih,), (hh,))
+        else:  # the built-in takes either without the other
+            if bias_ih is None or bias_hh is None:
+                zeros = ih.new_zeros(ih.size(0))
+                bias_ih, bias_hh = (zeros if b is None else b for b in (bias_ih, bias_hh))
+            weights = Weights((ih,), (hh,), (bias_ih,), (bias_hh,))
+        if rank == 1:
+            input, state = input[None], [s[None] for s in state]
+        final = functional.step(cell, input, state, weights)
+        if rank == 1:
+            final = [s[0] for s in final]
         return tuple(final) if self._states > 1 else final[0]
 
     def _cell_name(self) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
+from .checks import check
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -41,89 +42,19 @@ def sequence(
     return y, final
 
 
-def check(
-    cell: Cell,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weight_ih: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    bias_ih: Sequence[Tensor],
-    bias_hh: Sequence[Tensor],
-    weight_hr: Sequence[Tensor],
-    reverse: Sequence[bool],
-    batch_sizes: Tensor | None,
-) -> None:
-    """Checks a call as the compiled op does, for the reference and for tracing, where no kernel sees it.
+def autocast_arguments(cell: Cell, device: str, args: tuple, *, promote: bool) -> tuple:
+    """Casts the floating tensors of (x, state, *weights) as autocast asks, so that outputs have the built-in's dtypes.
 
-    Raises:
-        RuntimeError: shapes, dtypes or devices do not fit.
+    The built-in's RNN and LSTM run in the autocast dtype. On the CPU its GRU, and with ``promote`` (packed input,
+    cells) its LSTM, mix dtypes and end in the wider of the state's and autocast's. fp64 is left alone.
     """
-    N = len(reverse)
-    packed = batch_sizes is not None
-    _require(x.dim() == (2 if packed else 3), f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
-    _require(N > 0 and len(weight_ih) == N and len(weight_hh) == N, "weights must have one tensor per recurrence")
-    _require(len(bias_ih) == len(bias_hh) and len(bias_ih) in (0, N), "biases must be given for all or none")
-    _require(len(weight_hr) in (0, N), "projections must be given for all recurrences or none")
-    _require(len(state) == cell.states, f"{cell.name} has {cell.states} states, got {len(state)}")
-    G, H = cell.gates, weight_hh[0].size(0) // cell.gates
-    P = weight_hr[0].size(0) if weight_hr else H
-    B = state[0].size(1)
-    if not packed:
-        _require(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN")
-        _require(x.size(1) == B, f"state has batch size {B}, x has {x.size(1)}")
-    for name, group, shape in (
-        ("weight_ih", weight_ih, (G * H, x.size(-1))),
-        ("weight_hh", weight_hh, (G * H, P)),
-        ("bias_ih", bias_ih, (G * H,)),
-        ("bias_hh", bias_hh, (G * H,)),
-        ("weight_hr", weight_hr, (P, H)),
-        ("state", state[:1], (N, B, P)),
-        ("state", state[1:], (N, B, H)),
-    ):
-        for tensor in group:
-            _require(
-                tensor.shape == shape, f"{name} must have shape {list(shape)}, got {list(tensor.shape)}"
-            )
-            _require(tensor.dtype == x.dtype, f"{name} has dtype {tensor.dtype}, x has {x.dtype}")
-            _require(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
-    if batch_sizes is not None:
-        _check_batch_sizes(batch_sizes, x, B)
-
-
-def _check_batch_sizes(batch_sizes: Tensor, x: Tensor, B: int) -> None:
-    _require(batch_sizes.device.type == "cpu", "batch_sizes must be on the CPU")
-    _require(batch_sizes.dtype == torch.int64, f"batch_sizes must be int64, got {batch_sizes.dtype}")
-    _require(
-        batch_sizes.dim() == 1 and batch_sizes.numel() > 0, "Expected sequence length to be larger than 0 in RNN"
-    )
-    if not torch.compiler.is_compiling() and type(batch_sizes) is Tensor:
-        sizes = batch_sizes.tolist()
-        _require(sizes[0] == B, f"batch_sizes[0] is {sizes[0]}, the state has batch size {B}")
-        _require(
-            all(a >= b for a, b in zip(sizes, sizes[1:], strict=False)) and sizes[-1] > 0,
-            "batch_sizes must be positive and must not increase",
-        )
-        _require(sum(sizes) == x.size(0), f"batch_sizes add up to {sum(sizes)}, x has {x.size(0)} rows")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
-
-
-def autocast_arguments(cell: Cell, device: str, args: tuple) -> tuple:
-    """Casts the floating tensors of (x, state, *weights) as autocast asks.
-
-    On the CPU the built-in's GRU promotes under autocast, the other cells run in the autocast dtype; on CUDA all
-    run in the autocast dtype.
-    """
-    if device == "cpu" and cell.name == "gru":
-        x, state, *_ = args
-        dtype = torch.promote_types(x.dtype, args[2][0].dtype)
-        for s in state:
-            dtype = torch.promote_types(dtype, s.dtype)
-    else:
-        dtype = torch.get_autocast_dtype(device)
+    x, state, *_ = args
+    if x.dtype == torch.float64:
+        return args
+    dtype = torch.get_autocast_dtype(device)
+    mixes = cell.name == "gru" or (cell.name == "lstm" and (promote or x.dtype not in (torch.float32, dtype)))
+    if device == "cpu" and mixes:
+        dtype = torch.promote_types(dtype, state[0].dtype)
     return tuple([t.to(dtype) for t in a] if isinstance(a, (list, tuple)) else a.to(dtype) for a in args)
 
 
@@ -154,7 +85,8 @@ def _autocast_rule(name: str, device: str) -> Any:
     def rule(cell: int, *args: Any) -> Any:
         *tensors, reverse, batch_sizes = args
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            cast = autocast_arguments(CELL_BY_ID[cell], device, tuple(tensors))
+            packed = batch_sizes is not None
+            cast = autocast_arguments(CELL_BY_ID[cell], device, tuple(tensors), promote=packed)
             return op(cell, *cast, reverse, batch_sizes)
 
     return rule
@@ -269,7 +201,7 @@ def _needed(grads: list[Tensor], need: list[bool]) -> list[Tensor | None]:
     return [g if n else None for g, n in zip(grads, need, strict=True)] if grads else [None] * len(need)
 
 
-def _unflatten(flat: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+def _unflatten(flat: Sequence[Any], lengths: list[int]) -> list[Any]:
     tensors = iter(flat)
     return [[next(tensors) for _ in range(n)] for n in lengths]
 
@@ -294,7 +226,7 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         x = _alias(x)
         *groups, dfinal = _unflatten([_alias(t) for t in flat], ctx.lengths)
         cell = CELL_BY_ID[ctx.cell]
-        y, final = reference.sequence(cell.name, x, *groups, ctx.reverse, batch_sizes)
+        y, final = reference.sequence(cell, x, *groups, ctx.reverse, batch_sizes)
         dy = _alias(torch.zeros_like(y) if dy is None else dy)
         inputs = [x, *(t for group in groups for t in group)]
         grads = torch.autograd.grad([y, *final], inputs, [dy, *dfinal], create_graph=True, allow_unused=True)

@@ -66,10 +66,14 @@ def cannot_serve(backend: str, problem: Problem) -> str:
             return "the built-in runs one forward recurrence, or one forward and one reverse"
         if problem.dtype not in _FLOATING:
             return f"the built-in has no kernel for {problem.dtype}"
+        if (problem.device, problem.cell, problem.dtype) == ("cpu", "lstm", torch.float16):
+            return "the built-in's fp16 LSTM needs a CPU with AVX512-FP16"
     return ""
 
 
 def _preference(problem: Problem) -> tuple[str, ...]:
     if problem.device == "cpu":
+        if problem.T == 1 and not problem.packed:  # a single step does not repay packing the weights
+            return ("torch", "cpu", "reference")
         return ("cpu", "torch", "reference")
     return ("cuda", "torch", "reference")

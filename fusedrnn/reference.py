@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .cells import compute_dtype, get_cell
+from .cells import Cell, compute_dtype
+from .checks import check
 
 
 def sequence(
-    cell: str,
+    cell: Cell,
     x: Tensor,
     state: Sequence[Tensor],
     weight_ih: Sequence[Tensor],
@@ -28,7 +29,8 @@ def sequence(
     reverse: Sequence[bool],
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Runs N recurrences; shapes as in :func:`fusedrnn.functional.sequence`."""
+    """Runs N recurrences; shapes and errors as in :func:`fusedrnn.functional.sequence`."""
+    check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes)
     outputs: list[Tensor] = []
     finals: list[list[Tensor]] = []
     for n, backwards in enumerate(reverse):
@@ -50,7 +52,7 @@ def sequence(
 
 
 def _recurrence(
-    cell_name: str,
+    cell: Cell,
     x: Tensor,
     state: list[Tensor],
     weight_ih: Tensor,
@@ -61,7 +63,6 @@ def _recurrence(
     backwards: bool,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    cell = get_cell(cell_name)
     dtype, compute = x.dtype, compute_dtype(x.dtype)
 
     def product(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -180,7 +180,8 @@ def compare_outputs(ours: Any, theirs: Any, dtype: torch.dtype) -> None:
 
 def torch_module_cases(which: str) -> list[Any]:
     """(module name, case) for every input torch tests its recurrent modules with."""
-    common_modules = pytest.importorskip("torch.testing._internal.common_modules", exc_type=ImportError)
+    from torch.testing._internal import common_modules  # 5 s, and it wants expecttest: only for its two tests
+
     cases = []
     for info in common_modules.module_db:
         name = info.module_cls.__name__

@@ -74,6 +74,13 @@ def libraries(installed) -> list[Path]:
     return found
 
 
+def copy_sources(folder: Path) -> None:
+    """What setup.py reads, where a test may change it."""
+    (folder / "fusedrnn").mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fusedrnn/__init__.py"):
+        shutil.copy(ROOT / name, folder / name)
+
+
 def library_names() -> set[str]:
     names = {"libfusedrnn_cpu.so"}
     skipped = os.environ.get("FUSEDRNN_SKIP_CUDA", "0") not in ("", "0")
@@ -168,26 +175,28 @@ def test_cuda_library_loads_and_says_what_it_was_built_for(libraries):
 def test_version_is_written_once(tmp_path):
     """The version in the sources is the version of the distribution, whatever it is."""
     assert importlib.metadata.version("fusedrnn") == fusedrnn.__version__
-    (tmp_path / "fusedrnn").mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fusedrnn/__init__.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    copy_sources(tmp_path)
     source = tmp_path / "fusedrnn" / "__init__.py"
     source.write_text(source.read_text().replace(f'"{fusedrnn.__version__}"', '"98.7.6"'))
     assert succeed(sys.executable, "setup.py", "--version", cwd=tmp_path).splitlines()[-1] == "98.7.6"
 
 
 def test_sdist_holds_what_a_build_needs(tmp_path):
-    # Without torch in sight: an archive of sources needs none.
-    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    succeed(sys.executable, "-S", "-c", build, cwd=ROOT, env={"PYTHONPATH": setuptools_alone(tmp_path)})
+    # Without torch in sight: sources need none. With an egg-info of its own: an older one's list is kept.
+    succeed(
+        *(sys.executable, "-S", "setup.py"),
+        *("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path),
+        cwd=ROOT,
+        env={"PYTHONPATH": setuptools_alone(tmp_path)},
+    )
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "fusedrnn").rglob("*.py")}
     assert len(sources) > 10
-    missing = sources | {"CMakeLists.txt", "LICENSE", "README.md", "fusedrnn/py.typed", "setup.py"}
-    assert not missing - names
+    needed = sources | {"CMakeLists.txt", "LICENSE", "README.md", "fusedrnn/py.typed", "setup.py"}
+    assert not needed - names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
@@ -258,12 +267,17 @@ def configure(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
-def broken_nvcc(tmp_path) -> Path:
-    """An nvcc that leaves a trace when it is run, and fails."""
+@pytest.fixture(params=["cannot run", "cannot compile"])
+def broken_nvcc(request, tmp_path) -> Path:
+    """An nvcc that leaves a trace when it is run, and fails at once or where it should compile."""
     script = tmp_path / "broken" / "nvcc"
     script.parent.mkdir()
-    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/nvcc-ran\necho 'the toolkit is damaged' >&2\nexit 7\n")
+    lists = (
+        '[ "$1" = --list-gpu-arch ] && echo compute_80 && exit 0' if request.param == "cannot compile" else ""
+    )
+    script.write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/nvcc-ran\n{lists}\necho 'the toolkit is damaged' >&2\nexit 7\n"
+    )
     script.chmod(0o755)
     return script
 
@@ -305,10 +319,9 @@ def test_skipped_cuda_does_not_touch_nvcc(tmp_path, broken_nvcc):
 
 def test_failed_native_build_fails_the_installation(tmp_path):
     """Through setup.py, as a user meets it: the environment reaches CMake and its failure reaches pip."""
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CMakeLists.txt"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("csrc", "fusedrnn"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    copy_sources(tmp_path)
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
     done = run(
         *(sys.executable, "setup.py", "build_ext", "--inplace"),
         cwd=tmp_path,

@@ -11,18 +11,27 @@
 namespace fusedrnn::FUSEDRNN_ISA {
 
 inline constexpr int kPanelVectors = 4;
+inline constexpr int kMaxTileRows = 8;
 
 // Accumulators of R rows and C columns, the C weights and one broadcast value must fit the registers. fp64, which
 // is for checking, has a small tile: it keeps the library and its compile time small.
 template <class T, int C>
-inline constexpr int kTileRows = sizeof(T) == sizeof(double) ? 2
-                                 : (kRegisters - C - 2) / C < 8 ? (kRegisters - C - 2) / C
-                                                                : 8;
+inline constexpr int kTileRows = sizeof(T) == sizeof(double)                ? 2
+                                 : (kRegisters - C - 2) / C < kMaxTileRows ? (kRegisters - C - 2) / C
+                                                                           : kMaxTileRows;
 
-// acc[r][c] += sum over k of a[r * lda + k] * panel[k][c]
+// out[r][c] = bias[c] + sum over k of a[r * lda + k] * panel[k][c], for R rows and C vectors; bias may be null.
 template <class T, int R, int C>
-FUSEDRNN_HD void multiply(const T* a, int64_t lda, const T* panel, int64_t K, Simd<T> (&acc)[R][C]) {
+__attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* bias,
+                                            T* out) {
   constexpr int W = Simd<T>::kWidth;
+  Simd<T> acc[R][C];
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+    const Simd<T> start = bias ? Simd<T>::load(bias + c * W) : Simd<T>(T(0));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r][c] = start;
+  }
   for (int64_t k = 0; k < K; ++k, panel += C * W) {
     Simd<T> b[C];
 #pragma GCC unroll 8
@@ -34,6 +43,10 @@ FUSEDRNN_HD void multiply(const T* a, int64_t lda, const T* panel, int64_t K, Si
       for (int c = 0; c < C; ++c) acc[r][c] = acc[r][c] + s * b[c];
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) acc[r][c].store(out + (r * C + c) * W);
 }
 
 // Calls f with count, in [1, Max], as a compile-time constant.
@@ -44,14 +57,23 @@ FUSEDRNN_HD void with_count(int64_t count, const F& f) {
   f(std::integral_constant<int, Max>());
 }
 
-// Cuts `rows` into tiles of at most Max rows, as even as they can be, and calls f(first, rows_constant).
-template <int Max, class F>
-FUSEDRNN_HD void for_tiles(int64_t rows, const F& f) {
-  for (int64_t first = 0, tiles = (rows + Max - 1) / Max; tiles > 0; --tiles) {
-    const int64_t size = (rows - first + tiles - 1) / tiles;
-    with_count<Max>(size, [&](auto R) { f(first, R); });
-    first += size;
-  }
+// The product of `rows` rows of a with a panel of C vectors, in tiles as even as they can be. Each tile goes to
+// consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache.
+template <class T, class Consume>
+void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int C, const T* bias,
+              const Consume& consume) {
+  alignas(kVectorBytes) T values[kMaxTileRows * kPanelVectors * Simd<T>::kWidth];
+  with_count<kPanelVectors>(C, [&](auto vectors) {
+    constexpr int kRows = kTileRows<T, vectors()>;
+    for (int64_t first = 0, tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
+      const int64_t size = (rows - first + tiles - 1) / tiles;
+      with_count<kRows>(size, [&](auto tile_rows) {
+        product_tile<T, tile_rows(), vectors()>(a + first * lda, lda, panel, K, bias, values);
+      });
+      consume(first, size, values);
+      first += size;
+    }
+  });
 }
 
 // Panels over `columns` columns: full ones of kPanelVectors vectors, then one with the vectors that are left.
@@ -110,35 +132,23 @@ void pack_natural(const T* w, const Panels<T>& panels, int64_t panel, T* out) {
   }
 }
 
-// out[r][j] = finish(accumulate * out[r][j] + sum over k of a[r][k] * w[k][j]) for the columns of one panel.
-template <bool kAccumulate, class T, class Finish>
+// Calls finish(sum over k of a[r][k] * w[k][j], out[r][j]) -> out[r][j] for the columns of one panel.
+template <class T, class Finish>
 void multiply_panel(const T* a, int64_t lda, int64_t rows, const Panels<T>& panels, const T* packed,
                     int64_t panel, T* out, int64_t ldo, const Finish& finish) {
   constexpr int W = Simd<T>::kWidth;
   const int64_t first = panel * kPanelVectors * W;
-  packed += panels.offset(panel);
-  out += first;
-  const auto tile = [&]<int R, int C>(int64_t r0) {
-    const auto lanes = [&](int c) {
-      const int64_t left = panels.columns - first - c * W;
-      return static_cast<int>(left < W ? left : W);
-    };
-    Simd<T> acc[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c)
-        acc[r][c] = kAccumulate ? Simd<T>::load(out + (r0 + r) * ldo + c * W, lanes(c)) : Simd<T>(T(0));
-    multiply<T, R, C>(a + r0 * lda, lda, packed, panels.K, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) finish(acc[r][c]).store(out + (r0 + r) * ldo + c * W, lanes(c));
-  };
-  with_count<kPanelVectors>(panels.vectors(panel), [&](auto C) {
-    for_tiles<kTileRows<T, C()>>(rows,
-                              [&](int64_t r0, auto R) { tile.template operator()<R(), C()>(r0); });
-  });
+  const int C = static_cast<int>(panels.vectors(panel));
+  multiply(a, lda, rows, packed + panels.offset(panel), panels.K, C, static_cast<const T*>(nullptr),
+           [&](int64_t r0, int64_t size, const T* values) {
+             for (int64_t r = 0; r < size; ++r)
+               for (int c = 0; c < C; ++c, values += W) {
+                 const int64_t left = panels.columns - first - c * W;
+                 const int lanes = static_cast<int>(left < W ? left : W);
+                 T* target = out + (r0 + r) * ldo + first + c * W;
+                 finish(Simd<T>::load(values), Simd<T>::load(target, lanes)).store(target, lanes);
+               }
+           });
 }
 
 // Cache-aligned scratch memory. (Not std::vector: its code would be shared between instruction sets.)

@@ -40,6 +40,13 @@ struct Rows {
   T* operator[](int64_t b) const { return p + b * ld; }
 };
 
+// Rows [b0, b1) of the batch, whose h before a step is in h.
+template <class T>
+struct SegmentOf {
+  Rows<const T> h;
+  int64_t b0, b1;
+};
+
 // One worker's share: rows [b0, b1) of recurrence n, and the slice it owns.
 struct Job {
   int64_t n, b0, b1, own;
@@ -102,6 +109,7 @@ class ForwardPass {
   using V = Simd<T>;
   static_assert(CellOn<Cell, V>);
   static constexpr int W = V::kWidth, G = Cell::kGates;
+  using Segment = SegmentOf<T>;
   // Vectors of units side by side: one where the gates fill the tile.
   static constexpr int kUnits = G == 1 ? kPanelVectors : 1;
 
@@ -172,19 +180,17 @@ class ForwardPass {
     const Rows<const T> initial{p_.h0 + n * B * P, P};
     const Rows<T> out = hidden_rows(n, t);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
-      with_count<kUnits>(units(block), [&](auto U) {
-        constexpr int kRows = kTileRows<T, G * U>;
-        for_tiles<kRows>(alive - job.b0,
-                         [&](int64_t r, auto R) { tile<R, U>(n, block, first, job.b0 + r, running, out); });
-        for_tiles<kRows>(end - alive,
-                         [&](int64_t r, auto R) { tile<R, U>(n, block, first, alive + r, initial, out); });
-      });
+      for (const auto& [h, b0, b1] : {Segment{running, job.b0, alive}, Segment{initial, alive, end}})
+        multiply(h[b0], h.ld, b1 - b0, panel(n, block), P, G * units(block), bias(n, block),
+                 [&](int64_t r, int64_t rows, const T* gh) {
+                   cells(n, block, first, b0 + r, rows, gh, h, out);
+                 });
     if (projected())
       for (int64_t j = 0; j < projection_.count(); ++j)
-        multiply_panel<false>(out[job.b0], out.ld, end - job.b0, projection_,
-                              projections_.get() + n * projection_.size(), j,
-                              p_.y + ((first + job.b0) * N + n) * P, N * P,
-                              [&](V h) { return round_to(p_.rounding, h); });
+        multiply_panel(out[job.b0], out.ld, end - job.b0, projection_,
+                       projections_.get() + n * projection_.size(), j,
+                       p_.y + ((first + job.b0) * N + n) * P, N * P,
+                       [&](V h, V) { return round_to(p_.rounding, h); });
   }
 
   // Where the cell's h goes: to y, or before a projection to the states kept, or to scratch.
@@ -195,47 +201,37 @@ class ForwardPass {
     return {scratch_.get() + n * p_.steps.B * H, H};
   }
 
-  template <int R, int U>
-  __attribute__((noinline)) void tile(int64_t n, int64_t block, int64_t first, int64_t b,
-                                      const Rows<const T>& h, const Rows<T>& out) const {
-    constexpr int C = G * U;
+  // Runs the cell on a tile of the product: `rows` rows of the batch from b, and the units of a block.
+  void cells(int64_t n, int64_t block, int64_t first, int64_t b, int64_t rows, const T* gh_tile,
+             const Rows<const T>& h, const Rows<T>& out) const {
+    const int U = units(block);
     const int64_t H = p_.H, N = p_.N, gate_row = N * p_.slots * H;
-    const T* bias_h = bias(n, block);
-    const T* bias_x = bias_h + C * W;
-    V acc[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] = V::load(bias_h + c * W);
-    multiply<T, R, C>(h[b], h.ld, panel(n, block), p_.P, acc);
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      const int64_t unit = (block * kUnits + u) * W;
-      const int lanes = static_cast<int>(H - unit < W ? H - unit : W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        T* gates = p_.gates + (first + b + r) * gate_row + n * p_.slots * H + unit;
+    const T* bias_x = bias(n, block) + G * U * W;
+    for (int64_t r = b; r < b + rows; ++r, gh_tile += G * U * W)
+      for (int u = 0; u < U; ++u) {
+        const int64_t unit = (block * kUnits + u) * W;
+        const int lanes = static_cast<int>(H - unit < W ? H - unit : W);
+        T* gates = p_.gates + (first + r) * gate_row + n * p_.slots * H + unit;
         Array<V, G> gx, gh;
         for (int g = 0; g < G; ++g) {
           gx[g] = V::load(gates + g * H, lanes);
           if constexpr (!Cell::kSameGates) gx[g] = gx[g] + V::load(bias_x + (g * U + u) * W);
-          gh[g] = acc[r][g * U + u];
+          gh[g] = V::load(gh_tile + (g * U + u) * W);
         }
         Array<V, Cell::kStates> state{};
-        if constexpr (Cell::kReadsH) state[0] = V::load(h[b + r] + unit, lanes);
-        const int64_t at = (n * p_.steps.B + b + r) * H + unit;
+        if constexpr (Cell::kReadsH) state[0] = V::load(h[r] + unit, lanes);
+        const int64_t at = (n * p_.steps.B + r) * H + unit;
         for (int s = 1; s < Cell::kStates; ++s) state[s] = V::load(p_.state[s] + at, lanes);
         const Forward<Cell, V> next = Cell::forward(gx, gh, state);
-        const V hidden = next.state[0];
-        (projected() ? hidden : round_to(p_.rounding, hidden)).store(out[b + r] + unit, lanes);
+        const V hidden = projected() ? next.state[0] : round_to(p_.rounding, next.state[0]);
+        hidden.store(out[r] + unit, lanes);
         for (int s = 1; s < Cell::kStates; ++s) {
           next.state[s].store(p_.state[s] + at, lanes);
-          if (p_.kept[s]) next.state[s].store(p_.kept[s] + ((first + b + r) * N + n) * H + unit, lanes);
+          if (p_.kept[s]) next.state[s].store(p_.kept[s] + ((first + r) * N + n) * H + unit, lanes);
         }
         if (p_.keep)
           for (int j = 0; j < Cell::kSaved; ++j) next.saved[j].store(gates + j * H, lanes);
       }
-    }
   }
 
   // The final h of a sequence is its row of y at its last step.
@@ -306,8 +302,8 @@ class BackwardPass {
     const T* dgh = p_.dgh + (p_.steps.offset(t) + job.b0) * row + n * G * p_.H;
     T* dh = p_.dstate[0] + (n * p_.steps.B + job.b0) * p_.P;
     for (int64_t j = panels.begin; j < panels.end; ++j)
-      multiply_panel<true>(dgh, row, end - job.b0, recurrent_, weights_.get() + n * recurrent_.size(), j, dh,
-                           p_.P, [](V x) { return x; });
+      multiply_panel(dgh, row, end - job.b0, recurrent_, weights_.get() + n * recurrent_.size(), j, dh, p_.P,
+                     [](V x, V dh) { return dh + x; });
   }
 
   // The cell's backward for the units of the panels; what is left of dstate[0] is what did not go through gh.
@@ -368,9 +364,9 @@ class BackwardPass {
       }
     }
     for (int64_t j = 0; j < projection_.count(); ++j)
-      multiply_panel<false>(p_.dprojected + ((first + job.b0) * N + n) * P, N * P, end - job.b0, projection_,
-                            projections_.get() + n * projection_.size(), j,
-                            scratch_.get() + (n * B + job.b0) * H, H, [](V x) { return x; });
+      multiply_panel(p_.dprojected + ((first + job.b0) * N + n) * P, N * P, end - job.b0, projection_,
+                     projections_.get() + n * projection_.size(), j, scratch_.get() + (n * B + job.b0) * H, H,
+                     [](V x, V) { return x; });
   }
 
   void gather_previous(const ThreadPool& pool) const {

@@ -1,0 +1,164 @@
+"""Which backend serves a call, how one is forced, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import libraries
+from fusedrnn.backend import forced
+from fusedrnn.plan import Problem, make_plan
+
+from .problems import Shape, make_problem
+
+PROBLEM = Problem(
+    cell="lstm",
+    device="cpu",
+    dtype=torch.float32,
+    T=60,
+    B=32,
+    I=128,
+    H=128,
+    P=0,
+    reverse=(False,),
+    training=True,
+    packed=False,
+)
+ALL = dict.fromkeys(("cuda", "cpu", "torch", "reference"), "")
+
+
+def test_backends_are_listed_with_reasons():
+    backends = fusedrnn.backends()
+    assert list(backends) == ["cuda", "cpu", "torch", "reference"]
+    for name, status in backends.items():
+        assert status.name == name
+        assert status.available == (not status.reason)
+    assert backends["cpu"].available
+    assert backends["torch"].available
+    assert backends["reference"].available
+    assert "CUDA" in backends["cuda"].reason
+
+
+def test_cpu_kernels_serve_cpu_tensors():
+    assert make_plan(PROBLEM, ALL).backend == "cpu"
+
+
+def test_without_the_library_the_builtin_serves():
+    plan = make_plan(PROBLEM, {**ALL, "cpu": "not built"})
+    assert plan.backend == "torch"
+    assert plan.rejected == {"cpu": "not built"}
+
+
+def test_other_devices_get_the_builtin():
+    plan = make_plan(PROBLEM._replace(device="cuda"), {**ALL, "cuda": "no kernels yet"})
+    assert plan.backend == "torch"
+    assert plan.rejected == {"cuda": "no kernels yet"}
+
+
+def test_what_no_kernel_can_do_goes_to_the_reference():
+    plan = make_plan(PROBLEM._replace(device="meta", reverse=(True,)), {**ALL, "cuda": "none"})
+    assert plan.backend == "reference"
+    assert "one forward recurrence" in plan.rejected["torch"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "message"),
+    [
+        ("cpu", {"device": "cuda"}, "backend 'cpu' cannot serve this call: it serves cpu tensors"),
+        ("cpu", {"dtype": torch.int64}, "it has no kernel for torch.int64"),
+        ("torch", {"reverse": (True, False)}, "one forward and one reverse"),
+        ("torch", {"dtype": torch.float8_e5m2}, "the built-in has no kernel"),
+    ],
+)
+def test_a_forced_backend_that_cannot_raises(backend, change, message):
+    with pytest.raises(RuntimeError, match=message):
+        make_plan(PROBLEM._replace(**change), ALL, backend)
+
+
+def test_a_forced_backend_that_is_not_available_raises():
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this call: not built"):
+        make_plan(PROBLEM, {**ALL, "cpu": "not built"}, "cpu")
+    with (
+        pytest.raises(RuntimeError, match="backend 'cuda' is not available: .*CUDA"),
+        fusedrnn.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_use_backend_nests_and_ends():
+    assert forced() is None
+    with fusedrnn.use_backend("reference"):
+        with fusedrnn.use_backend("torch"):
+            assert forced() == "torch"
+        assert forced() == "reference"
+    assert forced() is None
+    with pytest.raises(KeyError), fusedrnn.use_backend("reference"):
+        raise KeyError
+    assert forced() is None
+
+
+def test_use_backend_refuses_unknown_names():
+    with pytest.raises(ValueError, match="'cudnn' is not a backend; choose from cuda, cpu, torch, reference"):
+        with fusedrnn.use_backend("cudnn"):
+            pass
+
+
+def test_use_backend_is_for_the_current_thread():
+    seen = []
+    with fusedrnn.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(forced()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("backend", "node"),
+    [("cpu", "fusedrnn"), ("reference", "Cat|Stack"), ("torch", "MkldnnRnn|Transpose|Stack|Cat")],
+)
+def test_the_forced_backend_ran(backend, node):
+    problem = make_problem("lstm", Shape(2, 2, 3, 4), dtype=torch.float32)
+    problem.x.requires_grad_()
+    y, _ = problem.run(backend)
+    name = type(y.grad_fn).__name__
+    assert ("fusedrnn" in name) == (backend == "cpu")
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_environment_variable_forces_a_backend():
+    code = (
+        "import torch, fusedrnn\n"
+        "y, _ = fusedrnn.GRU(2, 3)(torch.randn(4, 2))\n"
+        "print('fusedrnn' in repr(y.grad_fn.next_functions[0][0]))\n"
+    )
+    assert run_python(code, FUSEDRNN_BACKEND="cpu").stdout == "True\n"
+    assert run_python(code, FUSEDRNN_BACKEND="reference").stdout == "False\n"
+    wrong = run_python(code, FUSEDRNN_BACKEND="cudnn")
+    assert wrong.returncode != 0
+    assert "FUSEDRNN_BACKEND='cudnn' is not a backend" in wrong.stderr
+    missing = run_python(code, FUSEDRNN_BACKEND="cuda")
+    assert "backend 'cuda' cannot serve this call" in missing.stderr
+
+
+def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    assert "was not built" in libraries._load("libfusedrnn_cpu.so")
+    (tmp_path / "libfusedrnn_cpu.so").write_bytes(b"not a library")
+    reason = libraries._load("libfusedrnn_cpu.so")
+    assert "could not be loaded" in reason
+    assert "libfusedrnn_cpu.so" in reason
