@@ -34,8 +34,8 @@ constexpr CellTraits traits_of(const char* name) {
   return {name, Cell::kGates, Cell::kStates, Cell::kSaved, Cell::kSameGates, Cell::kReadsH};
 }
 
-constexpr CellTraits kCells[] = {traits_of<Lstm>("lstm"), traits_of<Gru>("gru"), traits_of<RnnTanh>("rnn_tanh"),
-                                 traits_of<RnnRelu>("rnn_relu")};
+constexpr CellTraits kCells[] = {traits_of<Lstm>("lstm"), traits_of<Gru>("gru"),
+                                 traits_of<RnnTanh>("rnn_tanh"), traits_of<RnnRelu>("rnn_relu")};
 
 // Autograd is registered on the ops themselves; what they call must not record a second graph.
 class NoGrad {
@@ -60,7 +60,8 @@ Tensor mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
 
 Tensor stack_rows(const Tensors& tensors) {
   if (tensors.size() == 1) return tensors[0];
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(tensors), torch::stable::detail::from(int64_t{0})};
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(tensors),
+                                    torch::stable::detail::from(int64_t{0})};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cat", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -151,8 +152,26 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
            Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
            const std::optional<Tensor>& batch_sizes) {
   STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kCells)), "no cell has number ", cell);
-  Call call{static_cast<CellId>(cell), kCells[cell], x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
-            reverse, batch_sizes.has_value(), 0, 0, 0, 0, 0, 0, {}, x.scalar_type(), x.scalar_type()};
+  Call call{static_cast<CellId>(cell),
+            kCells[cell],
+            x,
+            state,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            weight_hr,
+            reverse,
+            batch_sizes.has_value(),
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            {},
+            x.scalar_type(),
+            x.scalar_type()};
   const auto N = static_cast<int64_t>(reverse.size());
   const auto fits = [&](const Tensors& list, bool optional) {
     return static_cast<int64_t>(list.size()) == N || (optional && list.empty());
@@ -175,11 +194,11 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
       STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
   }
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
-  STD_TORCH_CHECK(x.dim() == (call.packed ? 2 : 3), "x must be ", call.packed ? "2-D" : "3-D", ", got ", x.dim(),
-                  "-D");
-  STD_TORCH_CHECK(weight_hh[0].dim() == 2 && weight_hh[0].size(0) > 0 &&
-                      weight_hh[0].size(0) % call.cell.gates == 0,
-                  "weight_hh has shape ", shape_of(weight_hh[0]), ", expected [", call.cell.gates, "*H, H]");
+  STD_TORCH_CHECK(x.dim() == (call.packed ? 2 : 3), "x must be ", call.packed ? "2-D" : "3-D", ", got ",
+                  x.dim(), "-D");
+  STD_TORCH_CHECK(
+      weight_hh[0].dim() == 2 && weight_hh[0].size(0) > 0 && weight_hh[0].size(0) % call.cell.gates == 0,
+      "weight_hh has shape ", shape_of(weight_hh[0]), ", expected [", call.cell.gates, "*H, H]");
   STD_TORCH_CHECK(state[0].dim() == 3, "state must be 3-D, got ", state[0].dim(), "-D");
   call.N = N;
   call.I = x.size(-1);
@@ -237,9 +256,8 @@ template <class T>
 std::pair<ResidentPlan, std::vector<int64_t>> plan_for(const Call& call) {
   const int64_t lanes = kernels().vector_bytes / sizeof(T);
   const CpuDevice device{torch::stable::get_num_threads(), int64_t{1} << 20};
-  ResidentPlan plan =
-      plan_resident(call.N, call.B, call.H, call.cell.gates * call.H * call.P * sizeof(T),
-                    !call.weight_hr.empty(), 4 * lanes, device);
+  ResidentPlan plan = plan_resident(call.N, call.B, call.H, call.cell.gates * call.H * call.P * sizeof(T),
+                                    !call.weight_hr.empty(), 4 * lanes, device);
   std::vector<int64_t> bounds = balanced_rows(call.steps(), plan.row_chunks);
   plan.row_bounds = bounds.data();
   return {plan, std::move(bounds)};
@@ -271,7 +289,8 @@ struct Outputs {
 
 template <class T>
 Outputs forward(const Call& call, bool training) {
-  const int64_t rows = call.rows(), N = call.N, H = call.H, P = call.P, slots = training ? call.slots() : call.cell.gates;
+  const int64_t rows = call.rows(), N = call.N, H = call.H, P = call.P,
+                slots = training ? call.slots() : call.cell.gates;
   const bool projected = !call.weight_hr.empty();
   const Tensor gates = empty({rows, N, slots, H}, call.compute);
   if (rows > 0) {
@@ -285,8 +304,20 @@ Outputs forward(const Call& call, bool training) {
   out.y = empty({rows, N * P}, call.compute);
   const Tensor h0 = torch::stable::contiguous(to_dtype(call.state[0], call.compute));
   out.final.push_back(empty({N, call.B, P}, call.compute));
-  ForwardParams<T> p{call.steps(), N, H, P, weights.get(), rounding_of(call.dtype), data<T>(gates), slots,
-                     training && call.cell.saved > 0, data<T>(h0), data<T>(out.y), data<T>(out.final[0]), {}, {}};
+  ForwardParams<T> p{call.steps(),
+                     N,
+                     H,
+                     P,
+                     weights.get(),
+                     rounding_of(call.dtype),
+                     data<T>(gates),
+                     slots,
+                     training && call.cell.saved > 0,
+                     data<T>(h0),
+                     data<T>(out.y),
+                     data<T>(out.final[0]),
+                     {},
+                     {}};
   for (int s = 1; s < call.cell.states; ++s) {
     out.final.push_back(copy_as(call.state[s], call.compute));
     p.state[s] = data<T>(out.final[s]);
@@ -310,7 +341,8 @@ Outputs forward(const Call& call, bool training) {
 
 Outputs forward(const Call& call, bool training) {
   const NoGrad no_grad;
-  return call.compute == ScalarType::Double ? forward<double>(call, training) : forward<float>(call, training);
+  return call.compute == ScalarType::Double ? forward<double>(call, training)
+                                            : forward<float>(call, training);
 }
 
 struct Gradients {
@@ -375,7 +407,8 @@ Gradients backward(const Call& call, const Tensor& y, const Tensors& saved, cons
     return rows > 0 ? finish(product(torch::stable::transpose(a, 0, 1), b)) : zeros_like(like, call.dtype);
   };
   const std::array<int64_t, 2> y_rows{rows, N * P}, m_rows{rows, N * H};
-  const Tensor x = rows_of(call), previous = need_dweights ? torch::stable::view(h_previous, y_rows) : h_previous;
+  const Tensor x = rows_of(call),
+               previous = need_dweights ? torch::stable::view(h_previous, y_rows) : h_previous;
   for (int64_t n = 0; need_dweights && n < N; ++n) {
     Tensor dgx_n = columns_of(dgx, n, G), dgh_n = columns_of(dgh, n, G);
     grads.dweight_ih.push_back(product_or_zeros(dgx_n, x, call.weight_ih[n]));
@@ -406,33 +439,37 @@ using Forwarded = std::tuple<Tensor, Tensors>;
 using Trained = std::tuple<Tensor, Tensors, Tensors>;
 using Differentiated = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>;
 
-Forwarded sequence(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
-                   Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
+Forwarded sequence(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
+                   Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
                    std::optional<Tensor> batch_sizes) {
-  Outputs out = forward(check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes),
-                        false);
+  Outputs out = forward(
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes), false);
   return {out.y, out.final};
 }
 
-Trained sequence_forward(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
-                         Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
+Trained sequence_forward(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
+                         Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
                          std::optional<Tensor> batch_sizes) {
-  Outputs out = forward(check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes),
-                        true);
+  Outputs out = forward(
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes), true);
   return {out.y, out.final, out.saved};
 }
 
 Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
-                                 Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
-                                 std::optional<Tensor> batch_sizes, Tensor y, Tensors saved, std::optional<Tensor> dy,
-                                 Tensors dfinal, bool need_dx, bool need_dweights) {
-  const Call call = check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes);
+                                 Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
+                                 std::vector<bool> reverse, std::optional<Tensor> batch_sizes, Tensor y,
+                                 Tensors saved, std::optional<Tensor> dy, Tensors dfinal, bool need_dx,
+                                 bool need_dweights) {
+  const Call call =
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes);
   const int64_t rows = call.rows(), width = call.N * call.P;
   const size_t kept = call.cell.states - (weight_hr.empty() ? 1 : 0);
-  STD_TORCH_CHECK(y.is_cpu() && y.scalar_type() == call.dtype && y.numel() == rows * width, "y does not fit x");
+  STD_TORCH_CHECK(y.is_cpu() && y.scalar_type() == call.dtype && y.numel() == rows * width,
+                  "y does not fit x");
   STD_TORCH_CHECK(!dy || (dy->is_cpu() && dy->scalar_type() == call.dtype && dy->numel() == rows * width),
                   "dy does not fit x");
-  STD_TORCH_CHECK(saved.size() == kept + (call.cell.saved > 0), "saved must be what sequence_forward returned");
+  STD_TORCH_CHECK(saved.size() == kept + (call.cell.saved > 0),
+                  "saved must be what sequence_forward returned");
   for (size_t i = 0; i < saved.size(); ++i)
     STD_TORCH_CHECK(saved[i].is_cpu() && saved[i].scalar_type() == call.compute &&
                         saved[i].numel() == rows * call.N * call.H * (i < kept ? 1 : call.slots()),
@@ -450,8 +487,8 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
 }  // namespace
 }  // namespace fusedrnn
 
-#define FUSEDRNN_LAYER                                                                                  \
-  "int cell, Tensor x, Tensor[] state, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "      \
+#define FUSEDRNN_LAYER                                                                             \
+  "int cell, Tensor x, Tensor[] state, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, " \
   "Tensor[] bias_hh, Tensor[] weight_hr, bool[] reverse, Tensor? batch_sizes"
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) {

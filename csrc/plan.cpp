@@ -8,10 +8,11 @@ ResidentPlan plan_resident(int64_t N, int64_t B, int64_t H, int64_t bytes_hh, bo
                            int64_t units_per_slice, const CpuDevice& device) {
   const int64_t workers = std::max<int64_t>(1, device.threads / std::max<int64_t>(1, N));
   const int64_t slices = std::min(workers, H / units_per_slice);
-  // A step that is short next to a hand-over (half a microsecond, about 64 KiB of weights) is left to one worker.
+  // A step that is short next to a hand-over (half a microsecond, about 64 KiB of weights) is left to one
+  // worker.
   const bool worth = !projected && slices > 1 && bytes_hh * B >= (int64_t{128} << 10);
-  // Chunks of the batch need no hand-over, but each reads all weights at every step: with few rows per weight, that
-  // only pays while the weights stay in the core's own cache.
+  // Chunks of the batch need no hand-over, but each reads all weights at every step: with few rows per
+  // weight, that only pays while the weights stay in the core's own cache.
   const int64_t rows = B / workers;
   if (worth && (rows < 2 || (bytes_hh > device.cache_bytes && rows < 24))) return {1, slices, nullptr};
   return {std::clamp<int64_t>(B, 1, workers), 1, nullptr};

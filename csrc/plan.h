@@ -8,8 +8,8 @@
 
 namespace fusedrnn {
 
-// The resident CPU schedule: the batch of each recurrence is cut in `row_chunks` that never meet, and the hidden
-// units of a chunk in `unit_slices` that exchange h after every step.
+// The resident CPU schedule: the batch of each recurrence is cut in `row_chunks` that never meet, and the
+// hidden units of a chunk in `unit_slices` that exchange h after every step.
 struct ResidentPlan {
   int64_t row_chunks;
   int64_t unit_slices;
@@ -21,7 +21,8 @@ struct CpuDevice {
   int64_t cache_bytes;  // private to a core
 };
 
-// bytes_hh: size of one recurrence's W_hh as the kernel holds it. units_per_slice: the least a slice may have. Leaves row_bounds to be filled in.
+// bytes_hh: size of one recurrence's W_hh as the kernel holds it. units_per_slice: the least a slice may
+// have. Leaves row_bounds to be filled in.
 ResidentPlan plan_resident(int64_t N, int64_t B, int64_t H, int64_t bytes_hh, bool projected,
                            int64_t units_per_slice, const CpuDevice& device);
 

@@ -1,8 +1,8 @@
 // What a sequence is, in plain structs that every schedule shares.
 //
 // Dims: T time, B batch, I input, H hidden, P width of h (H, or the projection's), N independent recurrences,
-// G gates, S states. Rows are time-major: row (t, b) of a padded sequence is t*B + b; of a packed one, the rows of
-// step t are those of the sequences still alive, which come first in the batch.
+// G gates, S states. Rows are time-major: row (t, b) of a padded sequence is t*B + b; of a packed one, the
+// rows of step t are those of the sequences still alive, which come first in the batch.
 #pragma once
 
 #include <cstdint>
@@ -60,15 +60,15 @@ struct BackwardParams {
   const Recurrence<T>* recurrences;
   const T* gates;  // [rows, N, slots, H] as the forward left it
   int64_t slots;
-  const T* h0;                       // [N, B, P]
-  const T* state0[kMaxStates];       // [1..]: [N, B, H], the initial states
-  const T* y;                        // [rows, N, P]
-  const T* kept[kMaxStates];         // as the forward left them
-  const T* dy;                       // [rows, N, P] or null
-  T* dstate[kMaxStates];             // [N, B, P], [N, B, H]: of the final states on entry, of the initial on exit
-  T *dgx, *dgh;                      // [rows, N, G, H]; one buffer for cells whose gates share a gradient
-  T* dprojected;                     // [rows, N, P]: gradient of the projected h of each step; null without
-  T* h_previous;                     // [rows, N, P]: the h each row's step started from; null if not wanted
+  const T* h0;                  // [N, B, P]
+  const T* state0[kMaxStates];  // [1..]: [N, B, H], the initial states
+  const T* y;                   // [rows, N, P]
+  const T* kept[kMaxStates];    // as the forward left them
+  const T* dy;                  // [rows, N, P] or null
+  T* dstate[kMaxStates];        // [N, B, P], [N, B, H]: of the final states on entry, of the initial on exit
+  T *dgx, *dgh;                 // [rows, N, G, H]; one buffer for cells whose gates share a gradient
+  T* dprojected;                // [rows, N, P]: gradient of the projected h of each step; null without
+  T* h_previous;                // [rows, N, P]: the h each row's step started from; null if not wanted
 };
 
 }  // namespace fusedrnn

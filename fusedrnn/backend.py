@@ -66,8 +66,8 @@ def forced() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Forces a backend inside a ``with`` block, for the current thread or task.
 
-    A problem the backend cannot serve raises; nothing falls back silently. A forward pass that ran in the block
-    keeps its backend for its backward pass.
+    A problem the backend cannot serve raises; nothing falls back silently. A forward pass that ran in the
+    block keeps its backend for its backward pass.
 
     Args:
         name: a key of :func:`backends`.

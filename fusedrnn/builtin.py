@@ -28,7 +28,8 @@ def sequence(
     groups = [g for g in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if g]
     parameters = [w for recurrence in zip(*groups, strict=True) for w in recurrence]
     hx = tuple(state) if cell.states > 1 else state[0]
-    # Outside training mode the built-in keeps nothing for a backward pass; with it, backward in eval mode works.
+    # Outside training mode the built-in keeps nothing for a backward pass; with it, backward in eval mode
+    # works.
     train = torch.is_grad_enabled()
     options = (parameters, bool(bias_ih), 1, 0.0, train, len(weight_hh) == 2)
     if batch_sizes is None:
@@ -40,7 +41,8 @@ def sequence(
 
 def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
     """Runs one step by the kernel behind the built-in's cell: x ``[1, B, I]``, states ``[1, B, H]``."""
-    check(cell, x, state, *weights, (False,), None, mixed_dtypes=torch.is_autocast_enabled(x.device.type))
+    arguments: Any = (cell, x, state, *weights, (False,), None)
+    check(*arguments, mixed_dtypes=torch.is_autocast_enabled(x.device.type))
     kernel = getattr(torch._VF, f"{cell.builtin}_cell")
     h = [s[0] for s in state]
     parameters = [group[0] for group in weights[:4] if group]

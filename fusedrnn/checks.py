@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def _check_batch_sizes(batch_sizes: Tensor, x: Tensor, B: int) -> None:
         sizes = batch_sizes.tolist()
         _require(sizes[0] == B, f"batch_sizes[0] is {sizes[0]}, the state has batch size {B}")
         _require(
-            all(a >= b for a, b in zip(sizes, sizes[1:], strict=False)) and sizes[-1] > 0,
+            all(a >= b for a, b in pairwise(sizes)) and sizes[-1] > 0,
             "batch_sizes must be positive and must not increase",
         )
         _require(sum(sizes) == x.size(0), f"batch_sizes add up to {sum(sizes)}, x has {x.size(0)} rows")

@@ -51,12 +51,13 @@ def sequence(
             ``c [N, B, H]``, of the dtype and device of ``x``.
         weights: the parameters, likewise.
         reverse: for each recurrence, whether it runs from the last step to the first.
-        batch_sizes: for packed rows, how many sequences are alive at each step: int64 ``[T]`` on the CPU, positive
-            and not increasing, as in :class:`torch.nn.utils.rnn.PackedSequence`.
+        batch_sizes: for packed rows, how many sequences are alive at each step: int64 ``[T]`` on the CPU,
+            positive and not increasing, as in :class:`torch.nn.utils.rnn.PackedSequence`.
 
     Returns:
-        ``y``, the ``h`` of every step, ``[T, B, N*H]`` (packed: ``[rows, N*H]``), and the S final states, shaped
-        as the initial ones. Row t of ``y`` has consumed row t of ``x``, whichever way the recurrence runs.
+        ``y``, the ``h`` of every step, ``[T, B, N*H]`` (packed: ``[rows, N*H]``), and the S final states,
+        shaped as the initial ones. Row t of ``y`` has consumed row t of ``x``, whichever way the recurrence
+        runs.
 
     Raises:
         ValueError: unknown cell.
@@ -107,7 +108,7 @@ def _run(
     if plan.backend == "torch":
         check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=autocast)
         return builtin.sequence(cell, x, state, *weights, batch_sizes)
-    run = reference.sequence if plan.backend == "reference" else ops.sequence
+    run: Any = reference.sequence if plan.backend == "reference" else ops.sequence
     if not autocast:
         return run(cell, x, state, *weights, reverse, batch_sizes)
     args: Any = ops.autocast_arguments(cell, device, (x, state, *weights), promote=promote)

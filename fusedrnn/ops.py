@@ -1,8 +1,9 @@
 """The torch ops: one per layer forward, one backward, with their fake kernels, autograd and autocast rules.
 
-The compiled library defines the schemas (``csrc/ops.cpp``); this module adds what torch asks of an op in Python.
-``fusedrnn::sequence`` is for inference and keeps nothing; ``fusedrnn::sequence_forward`` also returns what
-``fusedrnn::sequence_backward`` needs. The backward op is differentiable itself, through the reference.
+The compiled library defines the schemas (``csrc/ops.cpp``); this module adds what torch asks of an op in
+Python. ``fusedrnn::sequence`` is for inference and keeps nothing; ``fusedrnn::sequence_forward`` also
+returns what ``fusedrnn::sequence_backward`` needs. The backward op is differentiable itself, through the
+reference.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def sequence(
 
 
 def autocast_arguments(cell: Cell, device: str, args: tuple, *, promote: bool) -> tuple:
-    """Casts the floating tensors of (x, state, *weights) as autocast asks, so that outputs have the built-in's dtypes.
+    """Casts (x, state, *weights) as autocast asks, so that outputs have the built-in's dtypes.
 
-    The built-in's RNN and LSTM run in the autocast dtype. On the CPU its GRU, and with ``promote`` (packed input,
-    cells) its LSTM, mix dtypes and end in the wider of the state's and autocast's. fp64 is left alone.
+    The built-in's RNN and LSTM run in the autocast dtype. On the CPU its GRU, and with ``promote`` (packed
+    input, cells) its LSTM, mix dtypes and end in the wider of the state's and autocast's. fp64 is left alone.
     """
     x, state, *_ = args
     if x.dtype == torch.float64:
@@ -158,8 +159,9 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    dweights = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in weights]
-    return dx, [s.new_empty(s.shape) for s in state], *dweights
+    dweights: Any = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in weights]
+    dstate: Any = [s.new_empty(s.shape) for s in state]
+    return dx, dstate, *dweights
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -225,8 +227,8 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         # Aliases: one tensor may stand in two places, and one input may have been computed from another.
         x = _alias(x)
         *groups, dfinal = _unflatten([_alias(t) for t in flat], ctx.lengths)
-        cell = CELL_BY_ID[ctx.cell]
-        y, final = reference.sequence(cell, x, *groups, ctx.reverse, batch_sizes)
+        arguments: Any = (CELL_BY_ID[ctx.cell], x, *groups, ctx.reverse, batch_sizes)
+        y, final = reference.sequence(*arguments)
         dy = _alias(torch.zeros_like(y) if dy is None else dy)
         inputs = [x, *(t for group in groups for t in group)]
         grads = torch.autograd.grad([y, *final], inputs, [dy, *dfinal], create_graph=True, allow_unused=True)

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     T: int
     B: int
-    I: int  # noqa: E741 - the field's name for the input size
+    I: int
     H: int
     P: int
     reverse: tuple[bool, ...]

@@ -1,8 +1,8 @@
 """The recurrence as a plain loop of torch operations.
 
-Any device, any floating dtype, differentiable any number of times: what every kernel is held against, and what
-differentiates a kernel's backward. It rounds where the kernels round: ``h`` to the dtype of ``x`` at every step,
-everything else in :func:`fusedrnn.cells.compute_dtype`.
+Any device, any floating dtype, differentiable any number of times: what every kernel is held against, and
+what differentiates a kernel's backward. It rounds where the kernels round: ``h`` to the dtype of ``x`` at
+every step, everything else in :func:`fusedrnn.cells.compute_dtype`.
 """
 
 from __future__ import annotations

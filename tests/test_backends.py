@@ -85,7 +85,7 @@ def test_a_forced_backend_that_is_not_available_raises():
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this call: not built"):
         make_plan(PROBLEM, {**ALL, "cpu": "not built"}, "cpu")
     with (
-        pytest.raises(RuntimeError, match="backend 'cuda' is not available: .*CUDA"),
+        pytest.raises(RuntimeError, match=r"backend 'cuda' is not available: .*CUDA"),
         fusedrnn.use_backend("cuda"),
     ):
         pass
@@ -104,9 +104,9 @@ def test_use_backend_nests_and_ends():
 
 
 def test_use_backend_refuses_unknown_names():
-    with pytest.raises(ValueError, match="'cudnn' is not a backend; choose from cuda, cpu, torch, reference"):
-        with fusedrnn.use_backend("cudnn"):
-            pass
+    message = "'cudnn' is not a backend; choose from cuda, cpu, torch, reference"
+    with pytest.raises(ValueError, match=message), fusedrnn.use_backend("cudnn"):
+        pass
 
 
 def test_use_backend_is_for_the_current_thread():
@@ -118,11 +118,8 @@ def test_use_backend_is_for_the_current_thread():
     assert seen == [None]
 
 
-@pytest.mark.parametrize(
-    ("backend", "node"),
-    [("cpu", "fusedrnn"), ("reference", "Cat|Stack"), ("torch", "MkldnnRnn|Transpose|Stack|Cat")],
-)
-def test_the_forced_backend_ran(backend, node):
+@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
+def test_the_forced_backend_ran(backend):
     problem = make_problem("lstm", Shape(2, 2, 3, 4), dtype=torch.float32)
     problem.x.requires_grad_()
     y, _ = problem.run(backend)

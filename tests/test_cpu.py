@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_balanced_rows():
             assert bounds[0] == 0
             assert bounds[-1] == sizes[0]
             assert len(bounds) == chunks + 1
-            assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+            assert all(a < b for a, b in pairwise(bounds))
 
 
 # Wide and narrow, projected and packed; H=200 at B=1 is cut by units, and bf16 rounds at every step.
@@ -160,12 +161,18 @@ from tests.problems import Shape, make_problem, relative_error
 assert _testing.isa() == sys.argv[1] or sys.argv[1] == "any", _testing.isa()
 for threads in (1, 2):
     torch.set_num_threads(threads)
-    for cell, shape in (("lstm", Shape(3, 9, 5, 33)), ("gru", Shape(3, 7, 5, 70)), ("rnn_tanh", Shape(4, 1, 3, 200)),
-                        ("rnn_relu", Shape(2, 5, 3, 64)), ("lstm", Shape(3, 1, 8, 256)), ("gru", Shape(3, 1, 8, 256)),
-                        ("lstm", Shape(3, 5, 8, 40, 11))):
+    for cell, *shape in (
+        ("lstm", 3, 9, 5, 33),
+        ("gru", 3, 7, 5, 70),
+        ("rnn_tanh", 4, 1, 3, 200),
+        ("rnn_relu", 2, 5, 3, 64),
+        ("lstm", 3, 1, 8, 256),
+        ("gru", 3, 1, 8, 256),
+        ("lstm", 3, 5, 8, 40, 11),
+    ):
         for packed in (False, True):
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)):
-                problem = make_problem(cell, shape, dtype=dtype, reverse=[False, True], packed=packed)
+                problem = make_problem(cell, Shape(*shape), dtype=dtype, reverse=[False, True], packed=packed)
                 for a, b in zip(problem.results("cpu"), problem.results("reference"), strict=True):
                     assert relative_error(a, b) < tolerance, (cell, shape, packed, dtype)
 print("equal")
@@ -207,14 +214,14 @@ def test_unknown_instruction_set_is_refused():
 
 
 def test_memory_nobody_wrote_is_not_read():
-    """The C library fills what it allocates with a large number; torch's own allocations are poisoned elsewhere."""
+    """The C library fills what it allocates with a large number; torch's allocations are poisoned below."""
     result = run_script("any", MALLOC_PERTURB_="85")
     assert result.stdout == "equal\n", result.stderr
 
 
 @pytest.fixture
 def poisoned():
-    """torch.empty yields NaN, for outputs and workspaces of the ops too; only deterministic algorithms run."""
+    """torch.empty yields NaN, for the ops' outputs and workspaces too; only deterministic algorithms run."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -243,7 +250,7 @@ def threads():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_number_of_threads_gives_the_same_recurrence(threads, cell):
-    """More threads than cores included. Only sums of whole-sequence products may differ in their last bits."""
+    """More threads than cores included. Only whole-sequence products may differ, in their last bits."""
     for shape in (Shape(20, 1, 8, 300), Shape(9, 13, 8, 65)):
         problem = make_problem(cell, shape, dtype=torch.float32)
         threads(1)
@@ -317,8 +324,8 @@ def test_memory_does_not_grow():
             packed.results("cpu")
             packed.run("cpu")
 
-    calls(100)
+    calls(50)
     before = resident_bytes()
-    calls(1000)
-    # A leaked y alone, 20 * 4 * 64 floats, would be 20 MB; a leaked tensor handle, 100 bytes, 3 MB.
-    assert resident_bytes() - before < 2_000_000
+    calls(350)  # over a thousand
+    # A leaked y, 20 * 4 * 64 floats, would be 7 MB; a leaked tensor, 200 bytes in each of 20 places, 4 MB.
+    assert resident_bytes() - before < 1_500_000

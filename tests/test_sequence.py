@@ -19,8 +19,8 @@ from .problems import DIRECTIONS, SHAPES, Shape, make_problem, relative_error
 CELL_NAMES = tuple(CELLS)
 PROJECTED = (Shape(4, 5, 8, 40, 11), Shape(3, 4, 8, 140, 70), Shape(1, 1, 2, 3, 1))
 
-# Relative L2 error of a result against the reference in fp64. fp32: unit roundoff 6e-8 times sums of a few hundred
-# terms. 16-bit: inputs, h and results are each rounded to 8 or 11 bits.
+# Relative L2 error of a result against the reference in fp64. fp32: unit roundoff 6e-8 times sums of a few
+# hundred terms. 16-bit: inputs, h and results are each rounded to 8 or 11 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 

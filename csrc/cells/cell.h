@@ -1,6 +1,6 @@
-// The cell contract. A cell is the maths of one unit for one step, forward and backward; it knows no index, stride,
-// dtype, thread or time. Every schedule takes a cell as a template parameter and calls it on scalars (CUDA threads,
-// gradient checks in fp64) or on SIMD vectors of units (CPU), so a cell is written once.
+// The cell contract. A cell is the maths of one unit for one step, forward and backward; it knows no index,
+// stride, dtype, thread or time. Every schedule takes a cell as a template parameter and calls it on scalars
+// (CUDA threads, gradient checks in fp64) or on SIMD vectors of units (CPU), so a cell is written once.
 #pragma once
 
 #include <cmath>

@@ -45,8 +45,8 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 
-// The widest set this processor runs, or the one FUSEDRNN_CPU_ISA names; throws std::runtime_error if the processor
-// lacks it.
+// The widest set this processor runs, or the one FUSEDRNN_CPU_ISA names; throws std::runtime_error if the
+// processor lacks it.
 const Kernels& kernels();
 
 }  // namespace fusedrnn

@@ -1,5 +1,5 @@
-// Matrix products of a few rows with packed weights: the tile that holds its accumulators in registers, and the
-// packing it reads. A panel covers C vectors of columns and holds, for each k in turn, those C vectors.
+// Matrix products of a few rows with packed weights: the tile that holds its accumulators in registers, and
+// the packing it reads. A panel covers C vectors of columns and holds, for each k in turn, those C vectors.
 #pragma once
 
 #include <cstdlib>
@@ -13,14 +13,15 @@ namespace fusedrnn::FUSEDRNN_ISA {
 inline constexpr int kPanelVectors = 4;
 inline constexpr int kMaxTileRows = 8;
 
-// Accumulators of R rows and C columns, the C weights and one broadcast value must fit the registers. fp64, which
-// is for checking, has a small tile: it keeps the library and its compile time small.
+// Accumulators of R rows and C columns, the C weights and one broadcast value must fit the registers. fp64,
+// which is for checking, has a small tile: it keeps the library and its compile time small.
 template <class T, int C>
-inline constexpr int kTileRows = sizeof(T) == sizeof(double)                ? 2
+inline constexpr int kTileRows = sizeof(T) == sizeof(double)               ? 2
                                  : (kRegisters - C - 2) / C < kMaxTileRows ? (kRegisters - C - 2) / C
                                                                            : kMaxTileRows;
 
-// out[r][c] = bias[c] + sum over k of a[r * lda + k] * panel[k][c], for R rows and C vectors; bias may be null.
+// out[r][c] = bias[c] + sum over k of a[r * lda + k] * panel[k][c], for R rows and C vectors; bias may be
+// null.
 template <class T, int R, int C>
 __attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* bias,
                                             T* out) {
@@ -57,8 +58,8 @@ FUSEDRNN_HD void with_count(int64_t count, const F& f) {
   f(std::integral_constant<int, Max>());
 }
 
-// The product of `rows` rows of a with a panel of C vectors, in tiles as even as they can be. Each tile goes to
-// consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache.
+// The product of `rows` rows of a with a panel of C vectors, in tiles as even as they can be. Each tile goes
+// to consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache.
 template <class T, class Consume>
 void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int C, const T* bias,
               const Consume& consume) {
@@ -155,8 +156,7 @@ void multiply_panel(const T* a, int64_t lda, int64_t rows, const Panels<T>& pane
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : p_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {
+  explicit Buffer(int64_t n) : p_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {
     if (!p_) throw std::bad_alloc();
   }
   ~Buffer() { std::free(p_); }

@@ -1,8 +1,8 @@
-// The resident schedule: weights packed once into panels that stay in cache for the whole sequence, all gates of a
-// vector of units in one tile of accumulators, and the cell run on those registers.
+// The resident schedule: weights packed once into panels that stay in cache for the whole sequence, all gates
+// of a vector of units in one tile of accumulators, and the cell run on those registers.
 //
-// Work is cut by recurrence and by chunks of the batch, which never meet. Where a chunk would be too small, the hidden
-// units are cut instead, and the workers exchange h (backward: dgates) once a step.
+// Work is cut by recurrence and by chunks of the batch, which never meet. Where a chunk would be too small,
+// the hidden units are cut instead, and the workers exchange h (backward: dgates) once a step.
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
@@ -62,7 +62,8 @@ struct Layout {
 
   int64_t time(int64_t n, int64_t i) const { return recurrences[n].reverse ? steps.T - 1 - i : i; }
 
-  // The row a step starts from for sequences [0, before): those alive at the step before; the others start now.
+  // The row a step starts from for sequences [0, before): those alive at the step before; the others start
+  // now.
   struct Before {
     int64_t offset, alive;
   };
@@ -75,7 +76,8 @@ struct Layout {
   int64_t groups() const { return N * plan.row_chunks; }
   Job job(int64_t i) const {
     const int64_t group = i / plan.unit_slices, chunk = group % plan.row_chunks;
-    return {group / plan.row_chunks, plan.row_bounds[chunk], plan.row_bounds[chunk + 1], i % plan.unit_slices};
+    return {group / plan.row_chunks, plan.row_bounds[chunk], plan.row_bounds[chunk + 1],
+            i % plan.unit_slices};
   }
 
   // Runs step(job, group, i, slice) for i in [0, count) of every group, in order within a group.
@@ -165,7 +167,7 @@ class ForwardPass {
         const int64_t source = row(c, lane);
         const T x = w.bias_ih && source >= 0 ? w.bias_ih[source] : T(0);
         const T h = w.bias_hh && source >= 0 ? w.bias_hh[source] : T(0);
-        out[0] = Cell::kSameGates ? x + h : h;  // added to gh
+        out[0] = Cell::kSameGates ? x + h : h;         // added to gh
         out[G * U * W] = Cell::kSameGates ? T(0) : x;  // added to gx
       }
   }
@@ -181,16 +183,14 @@ class ForwardPass {
     const Rows<T> out = hidden_rows(n, t);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
       for (const auto& [h, b0, b1] : {Segment{running, job.b0, alive}, Segment{initial, alive, end}})
-        multiply(h[b0], h.ld, b1 - b0, panel(n, block), P, G * units(block), bias(n, block),
-                 [&](int64_t r, int64_t rows, const T* gh) {
-                   cells(n, block, first, b0 + r, rows, gh, h, out);
-                 });
+        multiply(
+            h[b0], h.ld, b1 - b0, panel(n, block), P, G * units(block), bias(n, block),
+            [&](int64_t r, int64_t rows, const T* gh) { cells(n, block, first, b0 + r, rows, gh, h, out); });
     if (projected())
       for (int64_t j = 0; j < projection_.count(); ++j)
         multiply_panel(out[job.b0], out.ld, end - job.b0, projection_,
-                       projections_.get() + n * projection_.size(), j,
-                       p_.y + ((first + job.b0) * N + n) * P, N * P,
-                       [&](V h, V) { return round_to(p_.rounding, h); });
+                       projections_.get() + n * projection_.size(), j, p_.y + ((first + job.b0) * N + n) * P,
+                       N * P, [&](V h, V) { return round_to(p_.rounding, h); });
   }
 
   // Where the cell's h goes: to y, or before a projection to the states kept, or to scratch.
@@ -278,8 +278,8 @@ class BackwardPass {
         pack_natural(p_.recurrences[n].weight_hr, projection_, i % projection_.count(),
                      projections_.get() + n * projection_.size());
       });
-    // The product of a step needs the dgates of all units, the cell only its own units' dh: so a step's product is
-    // taken up at the start of the next, and one hand-over a step is enough.
+    // The product of a step needs the dgates of all units, the cell only its own units' dh: so a step's
+    // product is taken up at the start of the next, and one hand-over a step is enough.
     const int64_t T_ = p.steps.T;
     layout_.run(pool, T_ + 1, [&](const Job& job, int64_t, int64_t i, int64_t slice) {
       const auto panels = layout_.slice_of(recurrent_.count(), slice);
@@ -336,8 +336,7 @@ class BackwardPass {
         for (int s = 1; s < Cell::kStates; ++s) {
           dnext[s] = V::load(p_.dstate[s] + at * H + unit, lanes);
           next[s] = V::load(p_.kept[s] + row * H + unit, lanes);
-          state[s] =
-              V::load(starts ? p_.state0[s] + at * H + unit : p_.kept[s] + source * H + unit, lanes);
+          state[s] = V::load(starts ? p_.state0[s] + at * H + unit : p_.kept[s] + source * H + unit, lanes);
         }
         Array<V, Cell::kSaved> values;
         for (int j = 0; j < Cell::kSaved; ++j) values[j] = V::load(saved + j * H + unit, lanes);

@@ -1,7 +1,7 @@
 // SIMD vectors of units on compiler vector extensions, and the functions cells call on them.
 //
-// Compiled once per instruction set, each time in a namespace of its own (FUSEDRNN_ISA), so that no code for a wide
-// machine is shared with, and picked by the linker for, a narrow one.
+// Compiled once per instruction set, each time in a namespace of its own (FUSEDRNN_ISA), so that no code for
+// a wide machine is shared with, and picked by the linker for, a narrow one.
 #pragma once
 
 #include <cstdint>
@@ -73,8 +73,8 @@ FUSEDRNN_HD Simd<T> where_less(Simd<T> a, Simd<T> b, Simd<T> x, Simd<T> y) {
   return Simd<T>(a.v < b.v ? x.v : y.v);
 }
 
-// exp(x) - 1 = scale * expm1(r) + (scale - 1) with x = n ln 2 + r, scale = 2^n. The polynomial is the Taylor series
-// to degree 7: on |r| <= ln(2)/2 its first omitted term is 2e-8 of the result, a third of an ulp.
+// exp(x) - 1 = scale * expm1(r) + (scale - 1) with x = n ln 2 + r, scale = 2^n. The polynomial is the Taylor
+// series to degree 7: on |r| <= ln(2)/2 its first omitted term is 2e-8 of the result, a third of an ulp.
 struct ExpParts {
   Simd<float> scale, expm1_r;
 };
@@ -84,7 +84,8 @@ FUSEDRNN_HD ExpParts exp_parts(Simd<float> x) {
   const V magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const V shifted = x * V(1.44269504f) + magic;
   const V n = shifted - magic;
-  const V r = (x - n * V(0.693359375f)) - n * V(-2.12194440e-4f);  // ln 2 in two parts, the first exact in n * ln 2
+  const V r =
+      (x - n * V(0.693359375f)) - n * V(-2.12194440e-4f);  // ln 2 in two parts, the first exact in n * ln 2
   V p(1.0f / 5040);
   p = p * r + V(1.0f / 720);
   p = p * r + V(1.0f / 120);

@@ -8,9 +8,9 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// A worker takes its own slice of every step first, and then any slice that nobody has taken. So it never waits for
-// work that no running thread has begun: a thread pool that runs the workers one after another, or fewer of them
-// than asked for (a nested parallel region), finishes all the same.
+// A worker takes its own slice of every step first, and then any slice that nobody has taken. So it never
+// waits for work that no running thread has begun: a thread pool that runs the workers one after another, or
+// fewer of them than asked for (a nested parallel region), finishes all the same.
 class SliceSync {
  public:
   static constexpr int kMaxSlices = 64;

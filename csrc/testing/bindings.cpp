@@ -43,12 +43,12 @@ void bind_cell(py::module_& m, const char* name) {
                                                    array<Cell::kStates>(state));
                     return std::pair(list(out.state), list(out.saved));
                   })
-      .def_static("backward", [](const Values& dnext, const Values& saved, const Values& state,
-                                 const Values& next) {
-        const auto d = Cell::backward(array<Cell::kStates>(dnext), array<Cell::kSaved>(saved),
-                                      array<Cell::kStates>(state), array<Cell::kStates>(next));
-        return std::tuple(list(d.dgx), list(d.dgh), list(d.dstate));
-      });
+      .def_static("backward",
+                  [](const Values& dnext, const Values& saved, const Values& state, const Values& next) {
+                    const auto d = Cell::backward(array<Cell::kStates>(dnext), array<Cell::kSaved>(saved),
+                                                  array<Cell::kStates>(state), array<Cell::kStates>(next));
+                    return std::tuple(list(d.dgx), list(d.dgh), list(d.dstate));
+                  });
 }
 
 }  // namespace
@@ -72,6 +72,7 @@ PYBIND11_MODULE(_testing, m) {
   m.def("balanced_rows", [](const std::vector<int64_t>& batch_sizes, int64_t chunks) {
     std::vector<int64_t> offsets{0};
     for (int64_t size : batch_sizes) offsets.push_back(offsets.back() + size);
-    return balanced_rows({static_cast<int64_t>(batch_sizes.size()), batch_sizes.at(0), offsets.data()}, chunks);
+    return balanced_rows({static_cast<int64_t>(batch_sizes.size()), batch_sizes.at(0), offsets.data()},
+                         chunks);
   });
 }
