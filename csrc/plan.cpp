@@ -11,10 +11,9 @@ ResidentPlan plan_resident(int64_t N, int64_t B, int64_t H, int64_t bytes_hh, bo
   // A step that is short next to a hand-over (half a microsecond, about 64 KiB of weights) is left to one
   // worker.
   const bool worth = !projected && slices > 1 && bytes_hh * B >= (int64_t{128} << 10);
-  // Chunks of the batch need no hand-over, but each reads all weights at every step: with few rows per
-  // weight, that only pays while the weights stay in the core's own cache.
-  const int64_t rows = B / workers;
-  if (worth && (rows < 2 || (bytes_hh > device.cache_bytes && rows < 24))) return {1, slices, nullptr};
+  // Chunks of the batch need no hand-over, but each reads all weights at every step: that pays while they
+  // stay in the core's own cache, which gates and h share with them.
+  if (worth && (B < 2 * workers || bytes_hh > device.cache_bytes / 2)) return {1, slices, nullptr};
   return {std::clamp<int64_t>(B, 1, workers), 1, nullptr};
 }
 

@@ -49,6 +49,26 @@ def test_cpu_kernels_serve_cpu_tensors():
     assert make_plan(PROBLEM, ALL).backend == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [
+        ({"training": False}, "torch"),  # where the built-in is at the machine's limit
+        ({"training": False, "B": 7}, "cpu"),
+        ({"training": False, "packed": True}, "cpu"),
+        ({"training": False, "P": 16}, "cpu"),
+        ({"training": False, "cell": "gru"}, "cpu"),
+        ({"training": False, "dtype": torch.bfloat16}, "cpu"),
+        ({"training": False, "reverse": (True,)}, "cpu"),
+        ({"T": 1}, "torch"),  # one step does not repay packing the weights
+        ({"T": 1, "packed": True}, "cpu"),
+        ({"T": 1, "dtype": torch.float16}, "cpu"),  # the built-in has no fp16 LSTM here
+    ],
+    ids=str,
+)
+def test_the_faster_of_two_serves(change, backend):
+    assert make_plan(PROBLEM._replace(**change), ALL).backend == backend
+
+
 def test_without_the_library_the_builtin_serves():
     plan = make_plan(PROBLEM, {**ALL, "cpu": "not built"})
     assert plan.backend == "torch"

@@ -118,14 +118,15 @@ def test_rounding_is_that_of_torch(function, dtype):
 # N, B, H, bytes_hh, projected, units_per_slice, threads, cache_bytes -> row_chunks, unit_slices
 MB = 1 << 20
 PLANS = {
-    "one thread": ((1, 32, 256, MB, False, 64, 1, MB), (1, 1)),
-    "a direction a thread": ((2, 32, 256, MB, False, 64, 2, MB), (1, 1)),
-    "batch over threads": ((1, 32, 256, MB, False, 64, 2, MB), (2, 1)),
-    "directions and batch": ((2, 32, 256, MB, False, 64, 8, MB), (4, 1)),
+    "one thread": ((1, 32, 256, MB // 2, False, 64, 1, MB), (1, 1)),
+    "a direction a thread": ((2, 32, 256, MB // 2, False, 64, 2, MB), (1, 1)),
+    "batch over threads": ((1, 32, 256, MB // 2, False, 64, 2, MB), (2, 1)),
+    "directions and batch": ((2, 32, 256, MB // 2, False, 64, 8, MB), (4, 1)),
     "one row, short step": ((1, 1, 64, MB // 16, False, 64, 2, MB), (1, 1)),
     "one row, long step": ((1, 1, 512, 4 * MB, False, 64, 2, MB), (1, 2)),
     "few rows, weights beyond the cache": ((1, 8, 512, 4 * MB, False, 64, 2, MB), (1, 2)),
     "few rows, weights in the cache": ((1, 8, 128, MB // 4, False, 64, 2, MB), (2, 1)),
+    "many rows, weights that leave no room in the cache": ((1, 64, 256, MB, False, 64, 2, MB), (1, 2)),
     "no more slices than units": ((1, 1, 512, 4 * MB, False, 64, 64, MB), (1, 8)),
     "a projection is not cut": ((1, 1, 512, 4 * MB, True, 64, 2, MB), (1, 1)),
     "no more chunks than rows": ((1, 3, 64, MB // 16, False, 64, 8, MB), (3, 1)),

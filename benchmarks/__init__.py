@@ -1,0 +1,1 @@
+"""Compares fusedrnn with torch.nn: ``python -m benchmarks --help``."""
