@@ -82,11 +82,11 @@ def _preference(problem: Problem) -> tuple[str, ...]:
 
 
 def _builtin_lstm_is_faster(problem: Problem) -> bool:
-    # oneDNN's padded fp32 LSTM is near the matrix-product peak from a batch of eight on. Ours is level with
-    # it in training and behind in inference: 0.84 to 0.98 of its speed on two AVX-512 cores (`make bench`).
+    # oneDNN's padded fp32 LSTM is near the matrix-product peak from a batch of sixteen on. Ours is level with
+    # it in training and behind in inference: 0.84 to 0.94 of its speed on two AVX-512 cores.
     return (
         problem.cell == "lstm"
         and problem.dtype == torch.float32
-        and problem.B >= 8
+        and problem.B >= 16
         and not (problem.training or problem.packed or problem.P)
     )

@@ -53,7 +53,7 @@ def test_cpu_kernels_serve_cpu_tensors():
     ("change", "backend"),
     [
         ({"training": False}, "torch"),  # where the built-in is at the machine's limit
-        ({"training": False, "B": 7}, "cpu"),
+        ({"training": False, "B": 15}, "cpu"),
         ({"training": False, "packed": True}, "cpu"),
         ({"training": False, "P": 16}, "cpu"),
         ({"training": False, "cell": "gru"}, "cpu"),
