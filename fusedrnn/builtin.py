@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import autocast
 from .cells import Cell
 from .checks import check
 
@@ -42,7 +43,7 @@ def sequence(
 def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
     """Runs one step by the kernel behind the built-in's cell: x ``[1, B, I]``, states ``[1, B, H]``."""
     arguments: Any = (cell, x, state, *weights, (False,), None)
-    check(*arguments, mixed_dtypes=torch.is_autocast_enabled(x.device.type))
+    check(*arguments, mixed_dtypes=autocast.enabled(x.device.type))
     kernel = getattr(torch._VF, f"{cell.builtin}_cell")
     h = [s[0] for s in state]
     parameters = [group[0] for group in weights[:4] if group]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, builtin, ops, reference
+from . import autocast, backend, builtin, ops, reference
 from .cells import Cell, get_cell
 from .checks import check
 from .plan import Plan, Problem, make_plan
@@ -104,14 +104,14 @@ def _run(
     promote: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     device = x.device.type
-    autocast = device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    mixed = autocast.enabled(device)
     if plan.backend == "torch":
-        check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=autocast)
+        check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=mixed)
         return builtin.sequence(cell, x, state, *weights, batch_sizes)
     run: Any = reference.sequence if plan.backend == "reference" else ops.sequence
-    if not autocast:
+    if not mixed:
         return run(cell, x, state, *weights, reverse, batch_sizes)
-    args: Any = ops.autocast_arguments(cell, device, (x, state, *weights), promote=promote)
+    args: Any = autocast.cast(cell, device, (x, state, *weights), promote=promote)
     with torch.autocast(device, enabled=False):
         return run(cell, *args, reverse, batch_sizes)
 
@@ -132,5 +132,6 @@ def _plan(
         reverse=tuple(reverse),
         training=torch.is_grad_enabled(),
         packed=packed,
+        autocast=autocast.enabled(x.device.type),
     )
     return make_plan(problem, backend.reasons(), backend.forced())

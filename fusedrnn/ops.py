@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import libraries, reference
+from . import autocast, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
 from .checks import check
-
-AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def sequence(
@@ -43,26 +41,10 @@ def sequence(
     return y, final
 
 
-def autocast_arguments(cell: Cell, device: str, args: tuple, *, promote: bool) -> tuple:
-    """Casts (x, state, *weights) as autocast asks, so that outputs have the built-in's dtypes.
-
-    The built-in's RNN and LSTM run in the autocast dtype. On the CPU its GRU, and with ``promote`` (packed
-    input, cells) its LSTM, mix dtypes and end in the wider of the state's and autocast's. fp64 is left alone.
-    """
-    x, state, *_ = args
-    if x.dtype == torch.float64:
-        return args
-    dtype = torch.get_autocast_dtype(device)
-    mixes = cell.name == "gru" or (cell.name == "lstm" and (promote or x.dtype not in (torch.float32, dtype)))
-    if device == "cpu" and mixes:
-        dtype = torch.promote_types(dtype, state[0].dtype)
-    return tuple([t.to(dtype) for t in a] if isinstance(a, (list, tuple)) else a.to(dtype) for a in args)
-
-
 def _register() -> None:
     library = torch.library.Library("fusedrnn", "FRAGMENT")
     for name in ("sequence", "sequence_forward"):
-        for device in AUTOCAST_DEVICES:
+        for device in autocast.DEVICES:
             library.impl(name, _autocast_rule(name, device), f"Autocast{device.upper()}")
     torch.library.register_fake("fusedrnn::sequence", _fake_sequence)
     torch.library.register_fake("fusedrnn::sequence_forward", _fake_forward)
@@ -87,7 +69,7 @@ def _autocast_rule(name: str, device: str) -> Any:
         *tensors, reverse, batch_sizes = args
         with torch._C._ExcludeDispatchKeyGuard(keys):
             packed = batch_sizes is not None
-            cast = autocast_arguments(CELL_BY_ID[cell], device, tuple(tensors), promote=packed)
+            cast = autocast.cast(CELL_BY_ID[cell], device, tuple(tensors), promote=packed)
             return op(cell, *cast, reverse, batch_sizes)
 
     return rule

@@ -29,6 +29,7 @@ PROBLEM = Problem(
     reverse=(False,),
     training=True,
     packed=False,
+    autocast=False,
 )
 ALL = dict.fromkeys(("cuda", "cpu", "torch", "reference"), "")
 
@@ -61,7 +62,8 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"training": False, "reverse": (True,)}, "cpu"),
         ({"T": 1}, "torch"),  # one step does not repay packing the weights
         ({"T": 1, "packed": True}, "cpu"),
-        ({"T": 1, "dtype": torch.float16}, "cpu"),  # the built-in has no fp16 LSTM here
+        ({"T": 1, "autocast": True}, "cpu"),
+        ({"training": False, "autocast": True}, "cpu"),
     ],
     ids=str,
 )

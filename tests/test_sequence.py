@@ -83,8 +83,6 @@ def test_more_recurrences_than_directions(cell):
 @pytest.mark.parametrize("cell", CELL_NAMES)
 def test_no_less_accurate_than_the_builtin(cell, dtype):
     """Error against fp64 at moderate T: at most twice the built-in's of the same dtype, and a cap."""
-    if dtype == torch.float16 and cell == "lstm":
-        pytest.skip("the built-in has no fp16 LSTM on CPUs without AVX512-FP16")
     problem = make_problem(cell, Shape(20, 8, 24, 48), dtype=dtype)
     exact = problem.to(torch.float64).results("reference")
     for i, (a, b, c) in enumerate(zip(problem.results("cpu"), problem.results("torch"), exact, strict=True)):

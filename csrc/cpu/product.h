@@ -133,10 +133,10 @@ void pack_natural(const T* w, const Panels<T>& panels, int64_t panel, T* out) {
   }
 }
 
-// Calls finish(sum over k of a[r][k] * w[k][j], out[r][j]) -> out[r][j] for the columns of one panel.
-template <class T, class Finish>
+// Calls store(sums over k of a[r][k] * w[k][j], address of out[r][j], lanes) for the columns of one panel.
+template <class T, class Store>
 void multiply_panel(const T* a, int64_t lda, int64_t rows, const Panels<T>& panels, const T* packed,
-                    int64_t panel, T* out, int64_t ldo, const Finish& finish) {
+                    int64_t panel, T* out, int64_t ldo, const Store& store) {
   constexpr int W = Simd<T>::kWidth;
   const int64_t first = panel * kPanelVectors * W;
   const int C = static_cast<int>(panels.vectors(panel));
@@ -147,7 +147,7 @@ void multiply_panel(const T* a, int64_t lda, int64_t rows, const Panels<T>& pane
                  const int64_t left = panels.columns - first - c * W;
                  const int lanes = static_cast<int>(left < W ? left : W);
                  T* target = out + (r0 + r) * ldo + first + c * W;
-                 finish(Simd<T>::load(values), Simd<T>::load(target, lanes)).store(target, lanes);
+                 store(Simd<T>::load(values), target, lanes);
                }
            });
 }

@@ -190,7 +190,8 @@ class ForwardPass {
       for (int64_t j = 0; j < projection_.count(); ++j)
         multiply_panel(out[job.b0], out.ld, end - job.b0, projection_,
                        projections_.get() + n * projection_.size(), j, p_.y + ((first + job.b0) * N + n) * P,
-                       N * P, [&](V h, V) { return round_to(p_.rounding, h); });
+                       N * P,
+                       [&](V h, T* target, int lanes) { round_to(p_.rounding, h).store(target, lanes); });
   }
 
   // Where the cell's h goes: to y, or before a projection to the states kept, or to scratch.
@@ -303,7 +304,7 @@ class BackwardPass {
     T* dh = p_.dstate[0] + (n * p_.steps.B + job.b0) * p_.P;
     for (int64_t j = panels.begin; j < panels.end; ++j)
       multiply_panel(dgh, row, end - job.b0, recurrent_, weights_.get() + n * recurrent_.size(), j, dh, p_.P,
-                     [](V x, V dh) { return dh + x; });
+                     [](V x, T* target, int lanes) { (V::load(target, lanes) + x).store(target, lanes); });
   }
 
   // The cell's backward for the units of the panels; what is left of dstate[0] is what did not go through gh.
@@ -365,7 +366,7 @@ class BackwardPass {
     for (int64_t j = 0; j < projection_.count(); ++j)
       multiply_panel(p_.dprojected + ((first + job.b0) * N + n) * P, N * P, end - job.b0, projection_,
                      projections_.get() + n * projection_.size(), j, scratch_.get() + (n * B + job.b0) * H, H,
-                     [](V x, V) { return x; });
+                     [](V x, T* target, int lanes) { x.store(target, lanes); });
   }
 
   void gather_previous(const ThreadPool& pool) const {
