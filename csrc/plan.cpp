@@ -7,7 +7,7 @@ namespace fusedrnn {
 ResidentPlan plan_resident(int64_t N, int64_t B, int64_t H, int64_t bytes_hh, bool projected,
                            int64_t units_per_slice, const CpuDevice& device) {
   const int64_t workers = std::max<int64_t>(1, device.threads / std::max<int64_t>(1, N));
-  const int64_t slices = std::min(workers, H / units_per_slice);
+  const int64_t slices = std::min({workers, H / units_per_slice, kMaxUnitSlices});
   // A step that is short next to a hand-over (half a microsecond, about 64 KiB of weights) is left to one
   // worker.
   const bool worth = !projected && slices > 1 && bytes_hh * B >= (int64_t{128} << 10);

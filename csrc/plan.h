@@ -16,6 +16,8 @@ struct ResidentPlan {
   const int64_t* row_bounds;  // [row_chunks + 1] of the batch, from balanced_rows
 };
 
+inline constexpr int64_t kMaxUnitSlices = 64;
+
 struct CpuDevice {
   int64_t threads;
   int64_t cache_bytes;  // private to a core

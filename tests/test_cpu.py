@@ -128,6 +128,7 @@ PLANS = {
     "few rows, weights in the cache": ((1, 8, 128, MB // 4, False, 64, 2, MB), (2, 1)),
     "many rows, weights that leave no room in the cache": ((1, 64, 256, MB, False, 64, 2, MB), (1, 2)),
     "no more slices than units": ((1, 1, 512, 4 * MB, False, 64, 64, MB), (1, 8)),
+    "no more slices than the hand-over holds": ((1, 1, 8192, 1024 * MB, False, 64, 256, MB), (1, 64)),
     "a projection is not cut": ((1, 1, 512, 4 * MB, True, 64, 2, MB), (1, 1)),
     "no more chunks than rows": ((1, 3, 64, MB // 16, False, 64, 8, MB), (3, 1)),
     "empty batch": ((1, 0, 64, MB // 16, False, 64, 8, MB), (1, 1)),

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../plan.h"
+
 namespace fusedrnn::FUSEDRNN_ISA {
 
 // A worker takes its own slice of every step first, and then any slice that nobody has taken. So it never
@@ -13,8 +15,6 @@ namespace fusedrnn::FUSEDRNN_ISA {
 // fewer of them than asked for (a nested parallel region), finishes all the same.
 class SliceSync {
  public:
-  static constexpr int kMaxSlices = 64;
-
   // Calls step(t, slice) for t in [0, T), each pair once; step t starts when all slices of t - 1 are done.
   template <class Step>
   void run(int64_t T, int64_t slices, int64_t own, const Step& step) {
@@ -45,7 +45,7 @@ class SliceSync {
     std::atomic<int64_t> step{0};
   };
   alignas(64) std::atomic<int64_t> done_{0};
-  Next next_[kMaxSlices];
+  Next next_[kMaxUnitSlices];
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA
