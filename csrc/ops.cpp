@@ -91,7 +91,7 @@ std::string shape_of(const Tensor& t) {
   return out + "]";
 }
 
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
   if (t.dim() != static_cast<int64_t>(shape.size())) return false;
   int64_t d = 0;
   for (int64_t size : shape)
@@ -199,16 +199,18 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
   STD_TORCH_CHECK(
       weight_hh[0].dim() == 2 && weight_hh[0].size(0) > 0 && weight_hh[0].size(0) % call.cell.gates == 0,
       "weight_hh has shape ", shape_of(weight_hh[0]), ", expected [", call.cell.gates, "*H, H]");
+  STD_TORCH_CHECK(weight_hr.empty() || weight_hr[0].dim() == 2, "weight_hr must be 2-D");
   STD_TORCH_CHECK(state[0].dim() == 3, "state must be 3-D, got ", state[0].dim(), "-D");
   call.N = N;
   call.I = x.size(-1);
   call.H = weight_hh[0].size(0) / call.cell.gates;
   call.P = weight_hr.empty() ? call.H : weight_hr[0].size(0);
   call.B = state[0].size(1);
-  call.T = call.packed ? batch_sizes->size(0) : x.size(0);
+  if (call.packed) call.offsets = offsets_from(*batch_sizes, call.B, x.size(0));
+  call.T = call.packed ? static_cast<int64_t>(call.offsets.size()) - 1 : x.size(0);
+  STD_TORCH_CHECK(call.P > 0, "hidden and projection size must be positive");
   STD_TORCH_CHECK(call.T > 0, "Expected sequence length to be larger than 0 in RNN");
   STD_TORCH_CHECK(call.packed || x.size(1) == call.B, "state has batch size ", call.B, ", x has ", x.size(1));
-  if (call.packed) call.offsets = offsets_from(*batch_sizes, call.B, x.size(0));
   const int64_t GH = call.cell.gates * call.H;
   for (const Tensor& t : weight_ih) check_tensor(call, "weight_ih", t, {GH, call.I});
   for (const Tensor& t : weight_hh) check_tensor(call, "weight_hh", t, {GH, call.P});
@@ -385,7 +387,6 @@ Gradients backward(const Call& call, const Tensor& y, const Tensors& saved, cons
   p.y = in(y);
   size_t next_saved = 0;
   for (int s = projected ? 0 : 1; s < call.cell.states; ++s) p.kept[s] = in(saved[next_saved++]);
-  const Tensor kept_hidden = projected ? owned[2] : y;
   if (call.cell.saved > 0) p.gates = in(saved[next_saved]);
   for (int s = 1; s < call.cell.states; ++s) p.state0[s] = in(call.state[s]);
   if (dy) p.dy = in(*dy);
@@ -407,7 +408,7 @@ Gradients backward(const Call& call, const Tensor& y, const Tensors& saved, cons
     return rows > 0 ? finish(product(torch::stable::transpose(a, 0, 1), b)) : zeros_like(like, call.dtype);
   };
   const std::array<int64_t, 2> y_rows{rows, N * P}, m_rows{rows, N * H};
-  const Tensor x = rows_of(call),
+  const Tensor x = need_dweights ? rows_of(call) : call.x,
                previous = need_dweights ? torch::stable::view(h_previous, y_rows) : h_previous;
   for (int64_t n = 0; need_dweights && n < N; ++n) {
     Tensor dgx_n = columns_of(dgx, n, G), dgh_n = columns_of(dgh, n, G);
@@ -420,7 +421,7 @@ Gradients backward(const Call& call, const Tensor& y, const Tensors& saved, cons
                                                     : finish(column_sums(dgh_n)));
     }
     if (projected) {
-      Tensor dh = torch::stable::view(dprojected, y_rows), m = torch::stable::view(kept_hidden, m_rows);
+      Tensor dh = torch::stable::view(dprojected, y_rows), m = torch::stable::reshape(saved[0], m_rows);
       grads.dweight_hr.push_back(product_or_zeros(torch::stable::narrow(dh, 1, n * P, P),
                                                   torch::stable::narrow(m, 1, n * H, H), call.weight_hr[n]));
     }
@@ -462,17 +463,19 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
                                  bool need_dweights) {
   const Call call =
       check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes);
-  const int64_t rows = call.rows(), width = call.N * call.P;
+  const auto fits = [&](const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> tail) {
+    std::vector<int64_t> shape = call.packed ? std::vector{call.rows()} : std::vector{call.T, call.B};
+    shape.insert(shape.end(), tail);
+    return t.is_cpu() && t.scalar_type() == dtype && has_shape(t, shape);
+  };
   const size_t kept = call.cell.states - (weight_hr.empty() ? 1 : 0);
-  STD_TORCH_CHECK(y.is_cpu() && y.scalar_type() == call.dtype && y.numel() == rows * width,
-                  "y does not fit x");
-  STD_TORCH_CHECK(!dy || (dy->is_cpu() && dy->scalar_type() == call.dtype && dy->numel() == rows * width),
-                  "dy does not fit x");
+  STD_TORCH_CHECK(fits(y, call.dtype, {call.N * call.P}), "y does not fit x");
+  STD_TORCH_CHECK(!dy || fits(*dy, call.dtype, {call.N * call.P}), "dy does not fit x");
   STD_TORCH_CHECK(saved.size() == kept + (call.cell.saved > 0),
                   "saved must be what sequence_forward returned");
   for (size_t i = 0; i < saved.size(); ++i)
-    STD_TORCH_CHECK(saved[i].is_cpu() && saved[i].scalar_type() == call.compute &&
-                        saved[i].numel() == rows * call.N * call.H * (i < kept ? 1 : call.slots()),
+    STD_TORCH_CHECK(i < kept ? fits(saved[i], call.compute, {call.N, call.H})
+                             : fits(saved[i], call.compute, {call.N, call.slots(), call.H}),
                     "saved must be what sequence_forward returned");
   STD_TORCH_CHECK(dfinal.size() == state.size(), "one gradient per state is needed");
   for (size_t s = 0; s < state.size(); ++s)

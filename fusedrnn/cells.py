@@ -26,6 +26,7 @@ class Cell:
         states: S, tensors carried from step to step; the first is ``h``.
         saved: values per unit and step that the C++ forward keeps for its backward.
         step: ``(gx [..., G, H], gh [..., G, H], state) -> state``.
+        reads_h: whether ``step`` reads ``h`` itself, not only through gh; such a cell cannot project it.
         builtin: the name of torch's own kernel, ``torch._VF.<builtin>``.
     """
 
@@ -35,6 +36,7 @@ class Cell:
     states: int
     saved: int
     step: Callable[[Tensor, Tensor, State], State]
+    reads_h: bool
     builtin: str
 
 
@@ -62,10 +64,10 @@ def _rnn_relu(gx: Tensor, gh: Tensor, state: State) -> State:
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("lstm", 0, gates=4, states=2, saved=4, step=_lstm, builtin="lstm"),
-        Cell("gru", 1, gates=3, states=1, saved=4, step=_gru, builtin="gru"),
-        Cell("rnn_tanh", 2, gates=1, states=1, saved=0, step=_rnn_tanh, builtin="rnn_tanh"),
-        Cell("rnn_relu", 3, gates=1, states=1, saved=0, step=_rnn_relu, builtin="rnn_relu"),
+        Cell("lstm", 0, gates=4, states=2, saved=4, step=_lstm, reads_h=False, builtin="lstm"),
+        Cell("gru", 1, gates=3, states=1, saved=4, step=_gru, reads_h=True, builtin="gru"),
+        Cell("rnn_tanh", 2, gates=1, states=1, saved=0, step=_rnn_tanh, reads_h=False, builtin="rnn_tanh"),
+        Cell("rnn_relu", 3, gates=1, states=1, saved=0, step=_rnn_relu, reads_h=False, builtin="rnn_relu"),
     )
 }
 CELL_BY_ID: dict[int, Cell] = {cell.id: cell for cell in CELLS.values()}

@@ -41,9 +41,17 @@ def check(
     _require(len(bias_ih) == len(bias_hh) and len(bias_ih) in (0, N), "biases must be given for all or none")
     _require(len(weight_hr) in (0, N), "projections must be given for all recurrences or none")
     _require(len(state) == cell.states, f"{cell.name} has {cell.states} states, got {len(state)}")
+    _require(not (weight_hr and cell.reads_h), f"{cell.name} has no projection")
+    _require(x.dtype.is_floating_point, f"x must be of a floating dtype, got {x.dtype}")
+    ranks = {"weight_hh": (weight_hh[0], 2), "state": (state[0], 3)}
+    if weight_hr:
+        ranks["weight_hr"] = (weight_hr[0], 2)
+    for name, (tensor, rank) in ranks.items():
+        _require(tensor.dim() == rank, f"{name} must be {rank}-D, got {tensor.dim()}-D")
     G, H = cell.gates, weight_hh[0].size(0) // cell.gates
     P = weight_hr[0].size(0) if weight_hr else H
     B = state[0].size(1)
+    _require(H > 0 and P > 0, f"hidden and projection size must be positive, got {H} and {P}")
     if not packed:
         _require(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN")
         _require(x.size(1) == B, f"state has batch size {B}, x has {x.size(1)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import autocast, backend, builtin, ops, reference
 from .cells import Cell, get_cell
@@ -120,6 +121,10 @@ def _plan(
     cell: Cell, x: Tensor, weights: Weights, reverse: Sequence[bool], batch_sizes: Tensor | None
 ) -> Plan:
     packed = batch_sizes is not None
+    if x.dim() != (2 if packed else 3):
+        raise RuntimeError(f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
+    if not weights.hh or weights.hh[0].dim() != 2:
+        raise RuntimeError("weights must have one tensor per recurrence, weight_hh [G*H, H]")
     problem = Problem(
         cell=cell.name,
         device=x.device.type,
@@ -128,10 +133,17 @@ def _plan(
         B=x.size(0) // max(batch_sizes.numel(), 1) if batch_sizes is not None else x.size(1),
         I=x.size(-1),
         H=weights.hh[0].size(0) // cell.gates,
-        P=weights.hr[0].size(0) if weights.hr else 0,
+        P=weights.hr[0].shape[0] if weights.hr and weights.hr[0].dim() else 0,
         reverse=tuple(reverse),
         training=torch.is_grad_enabled(),
         packed=packed,
         autocast=autocast.enabled(x.device.type),
+        transformed=_transformed(),
     )
     return make_plan(problem, backend.reasons(), backend.forced())
+
+
+def _transformed() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None

@@ -117,7 +117,7 @@ def _fake_forward(
     shape, dtype = (*x.shape[:-1], len(weight_hh)), compute_dtype(x.dtype)
     saved = [x.new_empty(*shape, H, dtype=dtype) for _ in range(spec.states - (0 if weight_hr else 1))]
     if spec.saved:
-        saved.append(x.new_empty(*shape, spec.saved, H, dtype=dtype))
+        saved.append(x.new_empty(*shape, max(spec.gates, spec.saved), H, dtype=dtype))
     return y, final, saved
 
 
@@ -139,8 +139,9 @@ def _fake_backward(
     need_dx: bool,
     need_dweights: bool,
 ) -> tuple[Tensor, ...]:
-    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    check(CELL_BY_ID[cell], x, state, *weights, reverse, batch_sizes)
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dweights: Any = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in weights]
     dstate: Any = [s.new_empty(s.shape) for s in state]
     return dx, dstate, *dweights
@@ -205,7 +206,8 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
     inputs, so the gradients with respect to those and to the incoming gradients are the whole of it.
     """
     x, batch_sizes, dy, *flat = ctx.saved_tensors
-    with torch.enable_grad():
+    has_dy, create_graph = dy is not None, torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: one tensor may stand in two places, and one input may have been computed from another.
         x = _alias(x)
         *groups, dfinal = _unflatten([_alias(t) for t in flat], ctx.lengths)
@@ -226,7 +228,7 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
                 [g for g, _ in pairs],
                 wanted,
                 [s for _, s in pairs],
-                create_graph=torch.is_grad_enabled(),
+                create_graph=create_graph,
                 allow_unused=True,
             )
             if pairs
@@ -234,7 +236,19 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         )
     dx, *rest = result
     *dgroups, (ddy,), ddfinal = _unflatten(rest, [*ctx.lengths[:-1], 1, ctx.lengths[-1]])
-    return (None, dx, *dgroups, None, None, None, [None] * ctx.n_saved, ddy, ddfinal, None, None)
+    return (
+        None,
+        dx,
+        *dgroups,
+        None,
+        None,
+        None,
+        [None] * ctx.n_saved,
+        ddy if has_dy else None,
+        ddfinal,
+        None,
+        None,
+    )
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection), N."""
+    """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection).
+
+    ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation.
+    """
 
     cell: str
     device: str
@@ -24,6 +27,7 @@ class Problem(NamedTuple):
     training: bool
     packed: bool
     autocast: bool
+    transformed: bool
 
 
 class Plan(NamedTuple):
@@ -62,6 +66,8 @@ def cannot_serve(backend: str, problem: Problem) -> str:
             return f"it serves {backend} tensors, these are on {problem.device}"
         if problem.dtype not in _FLOATING:
             return f"it has no kernel for {problem.dtype}"
+        if problem.transformed:
+            return "its ops have no rule for torch.func transforms and forward-mode differentiation"
     if backend == "torch":
         if problem.reverse not in ((False,), (False, True)):
             return "the built-in runs one forward recurrence, or one forward and one reverse"
@@ -71,6 +77,8 @@ def cannot_serve(backend: str, problem: Problem) -> str:
 
 
 def _preference(problem: Problem) -> tuple[str, ...]:
+    if problem.transformed:  # composed of operations that have every rule
+        return ("reference",)
     if problem.device == "cpu":
         return ("torch", "cpu", "reference") if _builtin_is_faster(problem) else ("cpu", "torch", "reference")
     return ("cuda", "torch", "reference")

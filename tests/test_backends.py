@@ -30,6 +30,7 @@ PROBLEM = Problem(
     training=True,
     packed=False,
     autocast=False,
+    transformed=False,
 )
 ALL = dict.fromkeys(("cuda", "cpu", "torch", "reference"), "")
 
@@ -64,6 +65,7 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
         ({"training": False, "autocast": True}, "cpu"),
+        ({"transformed": True}, "reference"),
     ],
     ids=str,
 )

@@ -87,6 +87,11 @@ BROKEN = {
     "one bias": (put("bias_hh", lambda w: []), "bias|weights"),
     "two weights": (put("hh", lambda w: [w[0], w[0]]), "one tensor per recurrence"),
     "no recurrence": (put("reverse", lambda r: []), "one tensor per recurrence"),
+    "x 1-D": (put("x", lambda x: x[0, 0]), "x must be 3-D, got 1-D"),
+    "no weights": (lambda p: setattr(p, "weights", Weights((), ())), "one tensor per recurrence"),
+    "state 1-D": (put("state", lambda s: [s[0][0, 0], s[1]]), "state must be 3-D"),
+    "empty projection": (put("hr", lambda w: [torch.zeros(0, 5)]), "positive|weight_h"),
+    "projection 0-D": (put("hr", lambda w: [torch.zeros(())]), "weight_hr must be 2-D"),
     "meta weight": (put("ih", lambda w: [w[0].to("meta")]), "device|is on"),
 }
 PACKED_BROKEN = {
@@ -96,6 +101,7 @@ PACKED_BROKEN = {
     "int32": (lambda b: b.int(), "int64"),
     "2-D": (lambda b: b[None], "sequence length|1-D"),
     "empty": (lambda b: b[:0], "sequence length"),
+    "0-D": (lambda b: b[0], "sequence length|1-D"),
     "first": (lambda b: b + 1, r"batch_sizes\[0\]"),
 }
 
@@ -131,16 +137,28 @@ def test_backward_op_refuses_what_forward_did_not_return():
         backward(*args, y, saved, y[:1], final, True, True)
     with pytest.raises(RuntimeError, match="y does not fit"):
         backward(*args, y.float(), saved, y, final, True, True)
+    with pytest.raises(RuntimeError, match="y does not fit"):
+        backward(*args, y.transpose(0, 1).contiguous(), saved, y, final, True, True)
     with pytest.raises(RuntimeError, match="dfinal"):
         backward(*args, y, saved, y, [final[0], final[1][:, :1]], True, True)
     with pytest.raises(RuntimeError, match="one gradient per state"):
         backward(*args, y, saved, y, final[:1], True, True)
 
 
-def test_a_cell_that_reads_h_cannot_project_it():
-    problem = make_problem("gru", Shape(3, 2, 3, 4, 2))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_cell_that_reads_h_cannot_project_it(backend):
     with pytest.raises(RuntimeError, match="gru has no projection"):
-        torch.ops.fusedrnn.sequence(*arguments(problem))
+        make_problem("gru", Shape(3, 2, 3, 4, 2)).run(backend)
+
+
+def test_a_projection_of_nothing_is_refused():
+    problem = make_problem("lstm", Shape(3, 2, 3, 4, 2))
+    problem.state[0] = problem.state[0][..., :0]
+    hh, hr = ([w[..., :0] for w in problem.weights.hh], [w[:0] for w in problem.weights.hr])
+    problem.weights = problem.weights._replace(hh=hh, hr=hr)
+    for backend in ("cpu", "reference"):
+        with pytest.raises(RuntimeError, match="must be positive"):
+            problem.run(backend)
 
 
 def test_unknown_cell():
@@ -218,3 +236,25 @@ def test_compiled_call_with_dynamic_shapes():
         for loss in losses:
             loss.backward()
         torch.testing.assert_close(xs[0].grad, xs[1].grad)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_function_transforms(name):
+    """Forward mode and reverse over a functional call, as on the built-in: served by the reference."""
+    ours, theirs = getattr(fusedrnn, name)(3, 4).double(), getattr(torch.nn, name)(3, 4).double()
+    ours.load_state_dict(theirs.state_dict())
+    for module in (ours, theirs):
+        module.requires_grad_(False)
+    x, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+
+    def differentiate(module):
+        with torch.backends.mkldnn.flags(enabled=False):  # the built-in's oneDNN kernel has no forward mode
+            value, derivative = torch.func.jvp(lambda x: module(x)[0], (x,), (tangent,))
+            gradient = torch.func.grad(lambda x: module(x)[0].pow(2).sum())(x)
+        return value, derivative, gradient
+
+    for a, b in zip(differentiate(ours), differentiate(theirs), strict=True):
+        torch.testing.assert_close(a, b)
+    assert differentiate(ours)[1].norm() > 0.01
+    with fusedrnn.use_backend("cpu"), pytest.raises(RuntimeError, match=r"no rule for torch\.func"):
+        differentiate(ours)

@@ -57,6 +57,11 @@ def test_projection(shape, dtype):
         assert_close(problem, "cpu", TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
+def test_projection_of_other_cells(cell):
+    assert_close(make_problem(cell, PROJECTED[0], reverse=[False, True]), "cpu", 1e-12)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cell", CELL_NAMES)
 def test_builtin_equals_reference(cell, packed):
@@ -241,6 +246,23 @@ def test_input_computed_from_another_input(cell):
         return torch.autograd.grad(grad.pow(2).sum(), x)[0]
 
     torch.testing.assert_close(penalty("cpu"), penalty("reference"))
+
+
+@pytest.mark.parametrize("outputs", [[0], [1], [2], [1, 2], [0, 2]], ids=str)
+def test_gradient_penalty_on_some_outputs(outputs):
+    problem = make_problem("lstm", Shape(3, 2, 4, 4), dtype=torch.float32)
+
+    def penalty(backend, dtype):
+        run = problem.to(dtype)
+        run = run.with_inputs([t.detach().requires_grad_() for t in run.inputs])
+        y, final = run.run(backend)
+        chosen = [(y, *final)[i] for i in outputs]
+        (grad,) = torch.autograd.grad([t.pow(2).sum() for t in chosen], run.x, create_graph=True)
+        with torch.autocast("cpu"):  # of no concern to a backward pass
+            return torch.autograd.grad(grad.pow(2).sum(), [run.x, *run.weights.hh])
+
+    for a, b in zip(penalty("cpu", torch.float32), penalty("reference", torch.float64), strict=True):
+        assert relative_error(a, b) < 1e-5
 
 
 def test_nan_stays_in_its_sample():

@@ -328,6 +328,7 @@ class BackwardPass {
         Array<V, Cell::kStates> dnext{}, state{}, next{};
         if (projected()) {
           dnext[0] = V::load(scratch_.get() + at * H + unit, lanes);
+          next[0] = V::load(p_.kept[0] + row * H + unit, lanes);
         } else {
           dnext[0] = V::load(p_.dstate[0] + at * P + unit, lanes);
           if (p_.dy) dnext[0] = dnext[0] + V::load(p_.dy + row * P + unit, lanes);
