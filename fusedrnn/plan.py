@@ -90,7 +90,8 @@ def _builtin_is_faster(problem: Problem) -> bool:
     if problem.T == 1:  # a single step does not repay packing the weights
         return True
     # oneDNN's padded fp32 LSTM is near the matrix-product peak from a batch of sixteen on. Ours is level with
-    # it in training and behind in inference: 0.84 to 0.94 of its speed on two AVX-512 cores.
+    # it in training and behind in inference: 0.86 to 0.97 of its speed on two AVX-512 cores, as
+    # `FUSEDRNN_BACKEND=cpu make bench` shows.
     return (
         problem.cell == "lstm"
         and problem.dtype == torch.float32

@@ -80,7 +80,7 @@ struct Layout {
             i % plan.unit_slices};
   }
 
-  // Runs step(job, group, i, slice) for i in [0, count) of every group, in order within a group.
+  // Runs step(job, i, slice) for i in [0, count) of every group, in order within a group.
   template <class Step>
   void run(const ThreadPool& pool, int64_t count, const Step& step) const {
     Buffer<SliceSync> syncs(plan.unit_slices > 1 ? groups() : 0);
@@ -88,12 +88,11 @@ struct Layout {
       for (int64_t g = 0; g < groups(); ++g) new (syncs.get() + g) SliceSync();
     parallel_for(pool, groups() * plan.unit_slices, [&](int64_t i) {
       const Job j = job(i);
-      const int64_t group = i / plan.unit_slices;
       if (plan.unit_slices == 1)
-        for (int64_t s = 0; s < count; ++s) step(j, group, s, 0);
+        for (int64_t s = 0; s < count; ++s) step(j, s, 0);
       else
-        syncs.get()[group].run(count, plan.unit_slices, j.own,
-                               [&](int64_t s, int64_t slice) { step(j, group, s, slice); });
+        syncs.get()[i / plan.unit_slices].run(count, plan.unit_slices, j.own,
+                                              [&](int64_t s, int64_t slice) { step(j, s, slice); });
     });
   }
 
@@ -133,7 +132,7 @@ class ForwardPass {
         pack_transposed(p_.recurrences[n].weight_hr, projection_, i % projection_.count(),
                         projections_.get() + n * projection_.size());
       });
-    layout_.run(pool, p.steps.T, [&](const Job& job, int64_t, int64_t i, int64_t slice) {
+    layout_.run(pool, p.steps.T, [&](const Job& job, int64_t i, int64_t slice) {
       step(job, layout_.time(job.n, i), layout_.slice_of(blocks_, slice));
     });
     gather_final(pool);
@@ -282,7 +281,7 @@ class BackwardPass {
     // The product of a step needs the dgates of all units, the cell only its own units' dh: so a step's
     // product is taken up at the start of the next, and one hand-over a step is enough.
     const int64_t T_ = p.steps.T;
-    layout_.run(pool, T_ + 1, [&](const Job& job, int64_t, int64_t i, int64_t slice) {
+    layout_.run(pool, T_ + 1, [&](const Job& job, int64_t i, int64_t slice) {
       const auto panels = layout_.slice_of(recurrent_.count(), slice);
       if (i > 0) propagate(job, layout_.time(job.n, T_ - i), panels);
       if (i < T_) differentiate(job, layout_.time(job.n, T_ - 1 - i), panels);
