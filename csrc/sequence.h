@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cells/cell.h"  // FUSEDRNN_HD
+
 namespace fusedrnn {
 
 // The numbers are part of the ops' schemas: fusedrnn/cells.py has the same.
@@ -21,9 +23,9 @@ struct Steps {
   int64_t T, B;
   const int64_t* offsets;  // [T+1] first row of each step; null when padded
 
-  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
-  int64_t count(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
-  int64_t rows() const { return offset(T); }
+  FUSEDRNN_HD int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  FUSEDRNN_HD int64_t count(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
+  FUSEDRNN_HD int64_t rows() const { return offset(T); }
 };
 
 // The weights of one of the N recurrences, in torch's layout; biases and projection may be null.

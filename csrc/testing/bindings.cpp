@@ -1,4 +1,5 @@
 // The C++ units that no torch op exposes, for the tests: cells in fp64, plans, vector functions.
+#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -51,9 +52,50 @@ void bind_cell(py::module_& m, const char* name) {
                   });
 }
 
+void bind_persistent_plans(py::module_& m) {
+  py::native_enum<Exchange>(m, "Exchange", "enum.Enum")
+      .value("block", Exchange::kBlock)
+      .value("cluster", Exchange::kCluster)
+      .value("grid", Exchange::kGrid)
+      .finalize();
+  py::class_<PersistentPass>(m, "PersistentPass")
+      .def(py::init<int, int, int, int, int>(), py::kw_only(), py::arg("m_tiles"), py::arg("published"),
+           py::arg("prefetched"), py::arg("register_steps"), py::arg("element_bytes"))
+      .def_readonly("register_steps", &PersistentPass::register_steps);
+  py::class_<GpuDevice>(m, "GpuDevice")
+      .def(py::init<int, int64_t, int, bool>(), py::kw_only(), py::arg("multiprocessors"),
+           py::arg("shared_bytes"), py::arg("max_cluster"), py::arg("cooperative"))
+      .def_readonly("multiprocessors", &GpuDevice::multiprocessors)
+      .def_readonly("shared_bytes", &GpuDevice::shared_bytes)
+      .def_readonly("max_cluster", &GpuDevice::max_cluster)
+      .def_readonly("cooperative", &GpuDevice::cooperative);
+  py::class_<PersistentPlan>(m, "PersistentPlan")
+      .def_readonly("exchange", &PersistentPlan::exchange)
+      .def_readonly("slices", &PersistentPlan::slices)
+      .def_readonly("unit_tiles", &PersistentPlan::unit_tiles)
+      .def_readonly("k_splits", &PersistentPlan::k_splits)
+      .def_readonly("batch_tiles", &PersistentPlan::batch_tiles)
+      .def_readonly("groups", &PersistentPlan::groups)
+      .def_property_readonly("units", &PersistentPlan::units)
+      .def_property_readonly("rows", &PersistentPlan::rows)
+      .def_property_readonly("threads", &PersistentPlan::threads)
+      .def_property_readonly("elements", &PersistentPlan::elements)
+      .def("k_steps_of_warp",
+           [](const PersistentPlan& plan, const PersistentPass& pass) { return k_steps_of_warp(plan, pass); })
+      .def("shared_bytes", [](const PersistentPlan& plan, const PersistentPass& pass) {
+        return shared_layout(plan, pass).bytes;
+      });
+  m.def("plan_persistent", [](const PersistentPass& pass, int64_t N, int64_t B, int64_t H,
+                              const GpuDevice& device) { return plan_persistent({pass, N, B, H}, device); });
+  m.def("stepwise_is_faster",
+        [](const PersistentPlan& plan, const PersistentPass& pass, int64_t N, int64_t B, int64_t H,
+           const GpuDevice& device) { return stepwise_is_faster(plan, {pass, N, B, H}, device); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
+  bind_persistent_plans(m);
   bind_cell<Lstm>(m, "lstm");
   bind_cell<Gru>(m, "gru");
   bind_cell<RnnTanh>(m, "rnn_tanh");
