@@ -1,0 +1,183 @@
+// Exchanges: how the blocks of a group hand over the operand of their next product. A template parameter of
+// the persistent kernels.
+//
+// The operand lies as [k_steps][rows][32 bytes]; slice i owns k_steps / slices of the steps, which hold, for
+// each of the P values published per unit, the U units: K counts (slice, p, unit). Epoch e is the e-th
+// operand.
+//
+//   stage(e, i, p, value)   this thread's element i has this value
+//   publish(e)              all threads of the block have staged: the group may have the block's slice
+//   receive(e)              returns once the steps of K that this warp multiplies have come
+//   load(e, byte)   8 bytes of what was received, at a byte offset of the operand
+#pragma once
+
+#include "../plan.h"
+#include "operand.h"
+#include "primitives/flag.h"
+#include "primitives/mbarrier.h"
+
+namespace fusedrnn::cuda {
+
+// What an exchange knows of its block. A thread's elements are one unit, `unit` of the block's U, for the
+// sequences row0, row0 + row_stride, ... of the group's rows.
+struct Place {
+  int rows, units, slices, slice;
+  int unit, row0, row_stride;
+  int first_k, end_k;  // the steps of K that this warp multiplies
+  int k_steps;         // all of them
+
+  FUSEDRNN_DEVICE bool has(int i) const { return row(i) < rows; }
+  FUSEDRNN_DEVICE int row(int i) const { return row0 + i * row_stride; }
+};
+
+// Byte offset in the operand of a value published by this block.
+template <class E>
+FUSEDRNN_DEVICE int operand_offset(const Place& at, int published, int p, int unit, int row) {
+  const int byte = ((at.slice * published + p) * at.units + unit) * static_cast<int>(sizeof(E));
+  return (byte / 32 * at.rows + row) * 32 + byte % 32;
+}
+
+// A group of one block. One buffer is enough: all threads are past their products when any of them stages.
+template <class E, int kPublished>
+class BlockExchange {
+ public:
+  static constexpr Exchange kKind = Exchange::kBlock;
+
+  FUSEDRNN_DEVICE BlockExchange(const Place& at, const SharedLayout& layout, char* shared, char*, uint32_t*,
+                                Deadline&)
+      : at_(at), operand_(shared + layout.operand) {}
+
+  FUSEDRNN_DEVICE void stage(uint32_t, int i, int p, E value) {
+    *reinterpret_cast<E*>(operand_ + operand_offset<E>(at_, kPublished, p, at_.unit, at_.row(i))) = value;
+  }
+  FUSEDRNN_DEVICE void publish(uint32_t) { sync_block(); }
+  FUSEDRNN_DEVICE void receive(uint32_t) {}
+  FUSEDRNN_DEVICE Vector8 load(uint32_t, int byte) const {
+    return *reinterpret_cast<const Vector8*>(operand_ + byte);
+  }
+  FUSEDRNN_DEVICE void leave() {}
+
+ private:
+  const Place& at_;
+  char* operand_;
+};
+
+// A group that is a cluster: every block stores its slice into the shared memory of every block, and the
+// stores complete on the receiver's mbarrier.
+//
+// Two buffers are enough, with no further barrier. A block stores epoch e + 2 after it has received all of e
+// + 1, and a peer publishes its part of e + 1 after its own products of e: then no one reads buffer e any
+// more.
+template <class E, int kPublished>
+class ClusterExchange {
+ public:
+  static constexpr Exchange kKind = Exchange::kCluster;
+
+  FUSEDRNN_DEVICE ClusterExchange(const Place& at, const SharedLayout& layout, char* shared, char*, uint32_t*,
+                                  Deadline& deadline)
+      : at_(at),
+        operand_(shared + layout.operand),
+        staging_(reinterpret_cast<E*>(shared + layout.staging)),
+        operand_bytes_(static_cast<int>(layout.operand_bytes)),
+        barriers_(reinterpret_cast<Mbarrier*>(shared)),
+        deadline_(deadline) {
+    if (thread_index() == 0) {
+      mbarrier_init(&barriers_[0], 1);
+      mbarrier_init(&barriers_[1], 1);
+      fence_mbarrier_init();
+    }
+    sync_cluster();
+  }
+
+  // [elements][P][threads]: a warp reads only what it wrote.
+  FUSEDRNN_DEVICE void stage(uint32_t, int i, int p, E value) {
+    staging_[(i * kPublished + p) * threads_of_block() + thread_index()] = value;
+  }
+
+  FUSEDRNN_DEVICE void publish(uint32_t epoch) {
+    if (deadline_.expired()) return;
+    Mbarrier* barrier = &barriers_[epoch & 1];
+    char* operand = operand_ + (epoch & 1) * operand_bytes_;
+    if (thread_index() == 0) mbarrier_expect(barrier, operand_bytes_);
+    sync_warp();
+    // Packets of 16 bytes: neighbouring units of one sequence, since their number divides 16. Lanes take
+    // packets first and blocks second, so that a lane keeps its packet where it can.
+    constexpr int kUnits = 16 / sizeof(E), kPackets = 32 / kUnits;
+    const int warp_begin = thread_index() - lane_index(), packet = lane_index() % kPackets;
+    const int thread = warp_begin + packet * kUnits;
+    const int unit = thread % at_.units, row0 = thread / at_.units;
+    for (int i = 0; row0 + i * at_.row_stride < at_.rows; ++i)
+      for (int p = 0; p < kPublished; ++p) {
+        const Vector16 v =
+            *reinterpret_cast<const Vector16*>(&staging_[(i * kPublished + p) * threads_of_block() + thread]);
+        char* target = operand + operand_offset<E>(at_, kPublished, p, unit, row0 + i * at_.row_stride);
+        for (int rank = lane_index() / kPackets; rank < at_.slices; rank += kUnits)
+          remote_store(target, rank, v, barrier);
+      }
+  }
+
+  FUSEDRNN_DEVICE void receive(uint32_t epoch) {
+    mbarrier_wait(&barriers_[epoch & 1], epoch >> 1 & 1, deadline_);
+  }
+  FUSEDRNN_DEVICE Vector8 load(uint32_t epoch, int byte) const {
+    return *reinterpret_cast<const Vector8*>(operand_ + (epoch & 1) * operand_bytes_ + byte);
+  }
+  // A block whose patience ended has not received all that its peers may still store into it.
+  FUSEDRNN_DEVICE void leave() { sync_cluster(); }
+
+ private:
+  const Place& at_;
+  char* operand_;
+  E* staging_;
+  int operand_bytes_;
+  Mbarrier* barriers_;
+  Deadline& deadline_;
+};
+
+// A group spread over the grid: slices go through global memory, each with a flag that holds its epoch. A
+// warp waits for the slices that its part of K lies in and no others. Two buffers are enough for the reason
+// above.
+template <class E, int kPublished>
+class GridExchange {
+ public:
+  static constexpr Exchange kKind = Exchange::kGrid;
+
+  FUSEDRNN_DEVICE GridExchange(const Place& at, const SharedLayout& layout, char*, char* operand,
+                               uint32_t* flags, Deadline& deadline)
+      : at_(at),
+        operand_(operand),
+        operand_bytes_(static_cast<int>(layout.operand_bytes)),
+        flags_(flags),
+        deadline_(deadline) {}
+
+  FUSEDRNN_DEVICE void stage(uint32_t epoch, int i, int p, E value) {
+    *reinterpret_cast<E*>(buffer(epoch) + operand_offset<E>(at_, kPublished, p, at_.unit, at_.row(i))) =
+        value;
+  }
+  FUSEDRNN_DEVICE void publish(uint32_t epoch) {
+    sync_block();
+    if (thread_index() == 0) flag_set(&flags_[at_.slice], epoch + 1);
+  }
+  FUSEDRNN_DEVICE void receive(uint32_t epoch) {
+    const int steps_of_slice = at_.k_steps / at_.slices;
+    const int first = at_.first_k / steps_of_slice, last = (at_.end_k - 1) / steps_of_slice;
+    for (int slice = first + lane_index(); slice <= last; slice += 32)
+      flag_wait(&flags_[slice], epoch + 1, deadline_);
+    sync_warp();
+  }
+  FUSEDRNN_DEVICE Vector8 load(uint32_t epoch, int byte) const {
+    return load_fresh(operand_ + static_cast<uint32_t>((epoch & 1) * operand_bytes_ + byte));
+  }
+  FUSEDRNN_DEVICE void leave() {}
+
+ private:
+  FUSEDRNN_DEVICE char* buffer(uint32_t epoch) const { return operand_ + (epoch & 1) * operand_bytes_; }
+
+  const Place& at_;
+  char* operand_;
+  int operand_bytes_;
+  uint32_t* flags_;
+  Deadline& deadline_;
+};
+
+}  // namespace fusedrnn::cuda

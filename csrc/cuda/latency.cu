@@ -1,0 +1,348 @@
+// Measures what the exchanges are made of, on the current device: the figures behind the model in plan.cpp.
+//
+// A measurement is a kernel that repeats one operation, or a chain of operations that wait for one another,
+// and notes the clock cycles and nanoseconds of all rounds. Every loop is counted, and every wait bounded.
+#include <cuda/ptx>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+#include "primitives/copy.h"
+#include "primitives/flag.h"
+#include "primitives/mbarrier.h"
+#include "primitives/mma.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+using namespace device;
+
+struct Result {
+  int64_t cycles, nanoseconds;
+  uint32_t unused;  // what the kernel computed, so that it is computed
+  uint32_t status;
+};
+
+struct Params {
+  int rounds, blocks;
+  int count;  // chase_l2: lines of the ring; cluster_gather: packets that a block sends to each
+  Result* result;
+  char* memory;  // kMemoryBytes, zeroed
+};
+
+constexpr int kThreads = 256, kWarp = 32, kLinks = 64, kLine = 128, kUnroll = 16;
+constexpr int kMemoryBytes = 1 << 20;
+
+struct Time {
+  int64_t cycles, nanoseconds;
+};
+
+// By all threads of a block.
+FUSEDRNN_DEVICE Time now() {
+  sync_block();
+  const Time time{clock64(), static_cast<int64_t>(::cuda::ptx::get_sreg_globaltimer())};
+  sync_block();
+  return time;
+}
+
+FUSEDRNN_DEVICE void finish(const Params& p, const Time& begin, uint32_t unused) {
+  const Time end = now();
+  if (block_index() != 0 || thread_index() != 0) return;
+  p.result->cycles = end.cycles - begin.cycles;
+  p.result->nanoseconds = end.nanoseconds - begin.nanoseconds;
+  p.result->unused = unused;
+}
+
+using Kernel = void (*)(Params);
+#define FUSEDRNN_MEASUREMENT(name) FUSEDRNN_KERNEL(kThreads) name(const __grid_constant__ Params p)
+
+// Loads whose address is what the load before them brought.
+
+FUSEDRNN_MEASUREMENT(chase_shared) {
+  auto* ring = reinterpret_cast<uint32_t*>(shared_memory());
+  for (int i = thread_index(); i < kLinks; i += kWarp) ring[i] = (i + 1) % kLinks * sizeof *ring;
+  uint32_t at = 0;
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round)
+    at = *reinterpret_cast<const uint32_t*>(shared_memory() + at);
+  finish(p, begin, at);
+}
+
+// Block 0 follows a ring in the shared memory of the last block of its cluster.
+FUSEDRNN_MEASUREMENT(chase_remote) {
+  sync_cluster();
+#if __CUDA_ARCH__ >= 900
+  if (cluster_rank() == 0) {
+    auto* ring = static_cast<uint64_t*>(__cluster_map_shared_rank(shared_memory(), p.blocks - 1));
+    for (int i = thread_index(); i < kLinks; i += kWarp)
+      ring[i] = reinterpret_cast<uint64_t>(&ring[(i + 1) % kLinks]);
+    const uint64_t* at = ring;
+    const Time begin = now();
+    for (int round = 0; round < p.rounds; ++round) at = reinterpret_cast<const uint64_t*>(*at);
+    finish(p, begin, static_cast<uint32_t>(at - ring));
+  }
+#endif
+  sync_cluster();
+}
+
+// The ring jumps about: neighbouring lines are in one part of L2.
+FUSEDRNN_MEASUREMENT(chase_l2) {
+  constexpr int kJump = 4099;
+  for (int i = thread_index(); i < p.count; i += kWarp)
+    *reinterpret_cast<uint64_t*>(p.memory + i * kLine) =
+        reinterpret_cast<uint64_t>(p.memory + (i + kJump) % p.count * kLine);
+  uint64_t at = reinterpret_cast<uint64_t>(p.memory);
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) {
+    const Vector8 v = load_fresh(reinterpret_cast<const void*>(at));
+    at = uint64_t{v.words[1]} << 32 | v.words[0];
+  }
+  finish(p, begin, static_cast<uint32_t>(at));
+}
+
+// Two blocks that answer each other. A receiver announces its next packet after it has sent, not before.
+FUSEDRNN_MEASUREMENT(cluster_ping_pong) {
+  auto* barrier = reinterpret_cast<Mbarrier*>(shared_memory());
+  char* packet = shared_memory() + kLine;
+  const int rank = cluster_rank(), peer = rank == 0 ? p.blocks - 1 : 0;
+  const bool speaks = thread_index() == 0 && (rank == 0 || rank == p.blocks - 1);
+  Deadline deadline(&p.result->status);
+  if (thread_index() == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+    mbarrier_expect(barrier, sizeof(Vector16));
+  }
+  sync_cluster();
+  const Time begin = now();
+  if (speaks)
+    for (int round = 0; round < p.rounds; ++round) {
+      if ((round & 1) == (rank != 0)) {
+        remote_store(packet, peer, Vector16{}, barrier);
+        if (round > 0) mbarrier_expect(barrier, sizeof(Vector16));
+      } else {
+        mbarrier_wait(barrier, round >> 1 & 1, deadline);
+      }
+    }
+  finish(p, begin, 0);
+  sync_cluster();
+}
+
+// The step of a cluster exchange: every block sends p.count packets, a power of two, to all blocks and waits
+// for those of all.
+FUSEDRNN_MEASUREMENT(cluster_gather) {
+  auto* barriers = reinterpret_cast<Mbarrier*>(shared_memory());
+  const int packets = p.count * p.blocks, shift = __ffs(p.count) - 1;
+  Deadline deadline(&p.result->status);
+  if (thread_index() == 0) {
+    mbarrier_init(&barriers[0], 1);
+    mbarrier_init(&barriers[1], 1);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  const Time begin = now();
+  for (int round = 0; round < p.rounds && !deadline.expired(); ++round) {
+    Mbarrier* barrier = &barriers[round & 1];
+    char* mine = shared_memory() + kLine +
+                 ((round & 1) * packets + cluster_rank() * p.count) * static_cast<int>(sizeof(Vector16));
+    if (thread_index() == 0) mbarrier_expect(barrier, packets * static_cast<int>(sizeof(Vector16)));
+    sync_warp();
+    for (int i = thread_index(); i < packets; i += threads_of_block())
+      remote_store(mine + (i & (p.count - 1)) * sizeof(Vector16), i >> shift, Vector16{}, barrier);
+    mbarrier_wait(barrier, round >> 1 & 1, deadline);
+  }
+  finish(p, begin, 0);
+  sync_cluster();
+}
+
+FUSEDRNN_MEASUREMENT(flag_ping_pong) {
+  auto* flags = reinterpret_cast<uint32_t*>(p.memory);
+  const int block = static_cast<int>(block_index());
+  Deadline deadline(&p.result->status);
+  const Time begin = now();
+  if (thread_index() == 0)
+    for (int round = 0; round < p.rounds; ++round) {
+      if ((round & 1) == block)
+        flag_set(&flags[(1 - block) * kWarp], round + 1);
+      else
+        flag_wait(&flags[block * kWarp], round + 1, deadline);
+    }
+  finish(p, begin, 0);
+}
+
+// The step of a grid exchange, or a barrier of the grid: every block sets its flag and waits for those of
+// all.
+FUSEDRNN_MEASUREMENT(flag_gather) {
+  auto* flags = reinterpret_cast<uint32_t*>(p.memory);
+  Deadline deadline(&p.result->status);
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) {
+    if (thread_index() == 0) flag_set(&flags[block_index()], round + 1);
+    for (int i = lane_index(); i < p.blocks; i += kWarp) flag_wait(&flags[i], round + 1, deadline);
+    sync_warp();
+  }
+  finish(p, begin, 0);
+}
+
+FUSEDRNN_MEASUREMENT(cluster_barriers) {
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) sync_cluster();
+  finish(p, begin, 0);
+}
+
+FUSEDRNN_MEASUREMENT(block_barriers) {
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) sync_block();
+  finish(p, begin, 0);
+}
+
+template <int kChains>
+FUSEDRNN_MEASUREMENT(products) {
+  const uint32_t x = 0x3f803f80u + lane_index();
+  float sums[kChains][4] = {};
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round)
+#pragma unroll
+    for (auto& sum : sums) mma_bf16(sum, {{x, x, x, x}}, {{x, x}});
+  float total = 0;
+  for (const auto& sum : sums) total += sum[0] + sum[1] + sum[2] + sum[3];
+  finish(p, begin, __float_as_uint(total));
+}
+
+FUSEDRNN_MEASUREMENT(read_shared) {
+  uint32_t sum = 0;
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) {
+    const char* from = shared_memory() + opaque(thread_index()) * sizeof(Vector16);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const auto v = *reinterpret_cast<const Vector16*>(from + i * kThreads * sizeof(Vector16));
+      sum ^= v.words[0] ^ v.words[1] ^ v.words[2] ^ v.words[3];
+    }
+  }
+  finish(p, begin, sum);
+}
+
+// All blocks read the same bytes in the same order, as those of a group read its operand.
+FUSEDRNN_MEASUREMENT(read_l2) {
+  uint32_t sum = 0;
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) {
+    Vector8 v[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int vector = (round * kUnroll + i) * kThreads + thread_index();
+      v[i] = load_fresh(p.memory + vector % (kMemoryBytes / sizeof(Vector8)) * sizeof(Vector8));
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) sum ^= v[i].words[0] ^ v[i].words[1];
+  }
+  finish(p, begin, sum);
+}
+
+struct Measurement {
+  std::string name;
+  Kernel kernel;
+  LaunchShape shape;
+  int rounds, count;
+  double operations, bytes;  // of a round: one of the two
+};
+
+std::vector<Measurement> measurements() {
+  constexpr int kRounds = 4096;
+  constexpr int64_t kReadBytes = kUnroll * kThreads * int64_t{sizeof(Vector16)}, kSmall = 1 << 10;
+  const GpuDevice device = limits_of_current_device();
+  // As much shared memory as a block can have: no two of them share a multiprocessor.
+  const auto spread = [&](int64_t blocks, int threads, bool cooperative) {
+    return LaunchShape{blocks, threads, device.shared_bytes, 1, cooperative};
+  };
+  const auto cluster = [](int blocks, int threads, int64_t bytes) {
+    return LaunchShape{blocks, threads, bytes, blocks, false};
+  };
+  std::vector<Measurement> all{
+      {"shared load", chase_shared, spread(1, kWarp, false), 4 * kRounds, 0, 1, 0},
+      {"L2 load", chase_l2, spread(1, kWarp, false), 2 * kRounds, kMemoryBytes / kLine, 1, 0},
+      {"L2 load, one line", chase_l2, spread(1, kWarp, false), kRounds, 1, 1, 0},
+      {"product, after the one before", products<1>, spread(1, kWarp, false), 4 * kRounds, 0, 1, 0},
+      {"product, 4 warps", products<8>, spread(1, 4 * kWarp, false), kRounds, 0, 8, 0},
+      {"product, 8 warps", products<8>, spread(1, kThreads, false), kRounds, 0, 16, 0},
+      {"sync_block, 8 warps", block_barriers, spread(1, kThreads, false), 4 * kRounds, 0, 1, 0},
+      {"shared read", read_shared, spread(1, kThreads, false), kRounds, 0, 0, kReadBytes},
+      {"L2 read, 1 block", read_l2, spread(1, kThreads, false), kRounds, 0, 0, kReadBytes / 2},
+      {"L2 read, all blocks", read_l2, spread(device.multiprocessors, kThreads, false), kRounds, 0, 0,
+       kReadBytes / 2},
+      {"flag, 2 blocks in turn", flag_ping_pong, spread(2, kWarp, true), kRounds, 0, 1, 0},
+  };
+  for (int blocks : {2, 8, 32, device.multiprocessors})
+    all.push_back(
+        {"flags of " + (blocks == device.multiprocessors ? "all" : std::to_string(blocks)) + " blocks",
+         flag_gather, spread(blocks, kWarp, true), kRounds, 0, 1, 0});
+  for (int blocks : {2, 4, 8, 16}) {
+    const std::string of = ", cluster of " + std::to_string(blocks);
+    const auto gather = [&](const char* name, int count, bool rate) {
+      const int64_t bytes = int64_t{count} * blocks * sizeof(Vector16);
+      const int threads = std::min(kThreads, std::max(kWarp, count * blocks));
+      all.push_back({name + of, cluster_gather, cluster(blocks, threads, kLine + 2 * bytes), kRounds, count,
+                     rate ? 0.0 : 1.0, rate ? static_cast<double>(bytes) : 0.0});
+    };
+    all.push_back({"remote load" + of, chase_remote, cluster(blocks, kWarp, kSmall), 2 * kRounds, 0, 1, 0});
+    all.push_back({"remote store, 2 blocks in turn" + of, cluster_ping_pong, cluster(blocks, kWarp, kSmall),
+                   kRounds, 0, 1, 0});
+    all.push_back({"sync_cluster, 8 warps" + of, cluster_barriers, cluster(blocks, kThreads, kSmall), kRounds,
+                   0, 1, 0});
+    gather("gather of 16 B from each", 1, false);
+    gather("gather of 16 KiB", 1024 / blocks, false);
+    gather("gather rate at 64 KiB", 4096 / blocks, true);
+  }
+  return all;
+}
+
+void measure(const Measurement& what, int sample, double (&result)[4]) {
+  if (!fits(what.kernel, what.shape)) throw std::runtime_error("this device cannot keep its blocks resident");
+  char* allocated = nullptr;
+  check_cuda(cudaMalloc(&allocated, 2 * kMemoryBytes), "cudaMalloc");
+  const std::unique_ptr<char, void (*)(char*)> memory(allocated, [](char* p) { cudaFree(p); });
+  check_cuda(cudaMemset(memory.get(), 0, 2 * kMemoryBytes), "cudaMemset");
+  // Another line for each sample: how far a line is depends on its address.
+  const int line = what.count == 1 ? sample * 37 % (kMemoryBytes / kLine) : 0;
+  auto* result_there = reinterpret_cast<Result*>(memory.get() + 2 * kMemoryBytes - sizeof(Result));
+  launch(what.kernel,
+         {what.rounds, static_cast<int>(what.shape.blocks), what.count, result_there,
+          memory.get() + line * kLine},
+         what.shape, nullptr);
+  Result found{};
+  check_cuda(cudaMemcpy(&found, result_there, sizeof found, cudaMemcpyDeviceToHost), what.name.c_str());
+  if (found.status != 0) throw std::runtime_error("a block waited for a peer that never came");
+  result[0] = what.operations * what.rounds;
+  result[1] = what.bytes * what.rounds;
+  result[2] = static_cast<double>(found.cycles);
+  result[3] = static_cast<double>(found.nanoseconds);
+}
+
+}  // namespace
+}  // namespace fusedrnn::cuda
+
+#define FUSEDRNN_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The name of a measurement on the current device; null past the last. Valid until the thread's next call.
+FUSEDRNN_EXPORT const char* fusedrnn_cuda_measurement(int index) try {
+  thread_local std::string name;
+  const auto all = fusedrnn::cuda::measurements();
+  if (index < 0 || index >= static_cast<int>(all.size())) return nullptr;
+  name = all[index].name;
+  return name.c_str();
+} catch (const std::exception&) {
+  return nullptr;
+}
+
+// Runs one measurement. result: operations (0 if it is a rate), bytes (0 if it is not), cycles, nanoseconds.
+// Null, or why there is no result, valid until the thread's next call.
+FUSEDRNN_EXPORT const char* fusedrnn_cuda_measure(int index, int sample, double* result) try {
+  fusedrnn::cuda::measure(fusedrnn::cuda::measurements().at(index), sample,
+                          *reinterpret_cast<double (*)[4]>(result));
+  return nullptr;
+} catch (const std::exception& error) {
+  thread_local std::string message;
+  message = error.what();
+  return message.c_str();
+}

@@ -1,0 +1,131 @@
+// Starts kernels, and asks whether they can be: on a GPU, or in the emulator.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../plan.h"
+#include "primitives/thread.h"
+
+namespace fusedrnn::cuda {
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+  int cluster;       // blocks of a cluster; 1: none
+  bool cooperative;  // all blocks are resident at once
+};
+
+#if defined(__CUDACC__)
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+// The attributes of a launch, and what the kernel must be told before.
+class LaunchConfig {
+ public:
+  template <class Params>
+  LaunchConfig(void (*kernel)(Params), const LaunchShape& shape, void* stream) {
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               "cudaFuncSetAttribute");
+    if (shape.cluster > 8)
+      check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 "cudaFuncSetAttribute");
+    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config_.blockDim = dim3(shape.threads);
+    config_.dynamicSmemBytes = shape.shared_bytes;
+    config_.stream = static_cast<cudaStream_t>(stream);
+    config_.attrs = attributes_;
+    if (shape.cluster > 1) {
+      attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes_[config_.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    }
+    if (shape.cooperative) {
+      attributes_[config_.numAttrs].id = cudaLaunchAttributeCooperative;
+      attributes_[config_.numAttrs++].val.cooperative = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute attributes_[2]{};
+};
+
+template <class Params>
+void launch(void (*kernel)(Params), const Params& params, const LaunchShape& shape, void* stream) {
+  const LaunchConfig config(kernel, shape, stream);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(cudaLaunchKernelExC(config.get(), reinterpret_cast<const void*>(kernel), arguments),
+             "launching a kernel");
+}
+
+// Whether the blocks that must be resident together can be.
+template <class Params>
+bool fits(void (*kernel)(Params), const LaunchShape& shape) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  int device = 0, multiprocessors = 0, count = 0;
+  bool granted =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  try {
+    const LaunchConfig config(kernel, shape, nullptr);
+    if (shape.cluster > 1)
+      granted = granted && cudaOccupancyMaxActiveClusters(&count, function, config.get()) == cudaSuccess &&
+                count > 0;
+    else
+      granted = granted &&
+                cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, shape.threads,
+                                                              shape.shared_bytes) == cudaSuccess &&
+                (shape.cooperative ? int64_t{count} * multiprocessors >= shape.blocks : count > 0);
+  } catch (const std::runtime_error&) {
+    granted = false;  // an attribute that this device does not have
+  }
+  if (!granted) cudaGetLastError();  // a refusal is no error of whoever asks next
+  return granted;
+}
+
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+// What the current device has. The blocks of a cluster beyond 8 are asked for, and may be refused by `fits`.
+inline GpuDevice limits_of_current_device() {
+  const int device = current_device();
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrClusterLaunch) ? 16 : 0, attribute(cudaDevAttrCooperativeLaunch) != 0};
+}
+
+#else
+
+inline int current_device() { return 0; }
+
+template <class Params>
+void launch(void (*kernel)(Params), const Params& params, const LaunchShape& shape, void*) {
+  emulator::launch({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, shape.cooperative},
+                   [&] { kernel(params); });
+}
+
+template <class Params>
+bool fits(void (*)(Params), const LaunchShape&) {
+  return true;
+}
+
+#endif
+
+}  // namespace fusedrnn::cuda
