@@ -1,0 +1,2 @@
+// The CUDA kernels for the emulator.
+#include "../cuda/instantiate.cu"
