@@ -21,6 +21,7 @@ bench: build $(VENV)/.installed-bench
 	$(PY) -m benchmarks $(ARGS)
 
 test: export FUSEDRNN_TESTING = 1
+test: export FUSEDRNN_EMULATOR = 1
 test: build $(VENV)/.installed-test
 	$(PY) -m pytest $(ARGS)
 

@@ -18,7 +18,7 @@ class BackendStatus:
     """Whether a backend can be used in this process.
 
     Attributes:
-        name: one of ``cuda``, ``cpu``, ``torch``, ``reference``.
+        name: one of ``cuda``, ``cpu``, ``emulator``, ``torch``, ``reference``.
         available: True if it serves at least one kind of problem here.
         reason: why it is not available; empty if it is.
     """
@@ -32,7 +32,8 @@ def backends() -> dict[str, BackendStatus]:
     """Returns the status of every backend, by name.
 
     ``cuda`` and ``cpu`` are this package's kernels, ``torch`` is the built-in that ``torch.nn`` uses, and
-    ``reference`` is a differentiable loop of torch operations.
+    ``reference`` is a differentiable loop of torch operations. ``emulator`` runs the CUDA kernels on the CPU,
+    slowly and for tests: it serves only where it is forced.
     """
     return {name: BackendStatus(name, not reason, reason) for name, reason in reasons().items()}
 
@@ -41,8 +42,9 @@ def backends() -> dict[str, BackendStatus]:
 def reasons() -> dict[str, str]:
     """For every backend, why it is not available; empty if it is."""
     return {
-        "cuda": libraries.cuda_reason() or "this version has no CUDA kernels yet; torch serves CUDA tensors",
+        "cuda": libraries.cuda_reason(),
         "cpu": libraries.cpu_reason(),
+        "emulator": libraries.emulator_reason(),
         "torch": "",
         "reference": "",
     }

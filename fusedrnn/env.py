@@ -7,6 +7,9 @@ import os
 BACKEND = "FUSEDRNN_BACKEND"
 # Read by csrc/cpu/dispatch.cpp: avx512, avx2 or portable, instead of the widest the processor runs.
 CPU_ISA = "FUSEDRNN_CPU_ISA"
+# Read at every call by csrc/ops/schedule.cpp: how the CUDA kernels run a sequence. ``stepwise`` is the kill
+# switch of the persistent kernels; ``block``, ``cluster`` and ``grid`` demand one of them, or an error.
+SCHEDULE = "FUSEDRNN_SCHEDULE"
 
 
 def backend() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 from . import autocast, backend, builtin, ops, reference
 from .cells import Cell, get_cell
 from .checks import check
-from .plan import Plan, Problem, make_plan
+from .plan import KERNELS, Plan, Problem, make_plan
 
 
 class Weights(NamedTuple):
@@ -43,6 +44,11 @@ def sequence(
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs N independent recurrences over a sequence.
+
+    Of float32 CUDA tensors, the products inside the recurrence take tf32 operands where cuDNN's do, as
+    ``torch.backends.cudnn.rnn.fp32_precision`` says. The products over all steps (of the input, and of the
+    gradients) follow ``torch.backends.cuda.matmul``, as any matrix product does, and so do those of a
+    recurrence that has to go step by step.
 
     Args:
         cell: a registered cell: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
@@ -109,7 +115,7 @@ def _run(
     if plan.backend == "torch":
         check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=mixed)
         return builtin.sequence(cell, x, state, *weights, batch_sizes)
-    run: Any = reference.sequence if plan.backend == "reference" else ops.sequence
+    run: Any = partial(ops.sequence, plan.backend) if plan.backend in KERNELS else reference.sequence
     if not mixed:
         return run(cell, x, state, *weights, reverse, batch_sizes)
     args: Any = autocast.cast(cell, device, (x, state, *weights), promote=promote)
@@ -139,8 +145,14 @@ def _plan(
         packed=packed,
         autocast=autocast.enabled(x.device.type),
         transformed=_transformed(),
+        capability=_capability(x) if x.is_cuda else None,
     )
     return make_plan(problem, backend.reasons(), backend.forced())
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.major, properties.minor
 
 
 def _transformed() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent / "lib"
+_EMULATOR = "libfusedrnn_emulator.so"
 
 
 @cache
@@ -24,6 +25,14 @@ def cuda_reason() -> str:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return cpu_reason() or _load("libfusedrnn_cuda.so")
+
+
+@cache
+def emulator_reason() -> str:
+    """Why the CUDA kernels cannot be run on the CPU; empty if they can."""
+    if not (_FOLDER / _EMULATOR).exists():
+        return f"{_EMULATOR} is built only with FUSEDRNN_EMULATOR=1, for tests"
+    return _load(_EMULATOR)
 
 
 def _load(name: str) -> str:

@@ -1,14 +1,15 @@
 """The torch ops: one per layer forward, one backward, with their fake kernels, autograd and autocast rules.
 
-The compiled library defines the schemas (``csrc/ops.cpp``); this module adds what torch asks of an op in
+The compiled library defines the schemas (``csrc/ops``); this module adds what torch asks of an op in
 Python. ``fusedrnn::sequence`` is for inference and keeps nothing; ``fusedrnn::sequence_forward`` also
 returns what ``fusedrnn::sequence_backward`` needs. The backward op is differentiable itself, through the
-reference.
+reference. ``fusedrnn_emulator`` has the same three ops, which run the CUDA kernels on CPU tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .checks import check
 
 
 def sequence(
+    backend: str,
     cell: Cell,
     x: Tensor,
     state: Sequence[Tensor],
@@ -33,25 +35,35 @@ def sequence(
 ) -> tuple[Tensor, list[Tensor]]:
     """Calls the op that fits: the one without autograd when no gradient can be asked for."""
     tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    args = (cell.id, x, *tensors, reverse, batch_sizes)
+    args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
+    op = torch.ops.fusedrnn_emulator if backend == "emulator" else torch.ops.fusedrnn
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for g in tensors for t in g)):
-        y, final, _ = torch.ops.fusedrnn.sequence_forward(*args)
+        y, final, _ = op.sequence_forward(*args)
     else:
-        y, final = torch.ops.fusedrnn.sequence(*args)
+        y, final = op.sequence(*args)
     return y, final
 
 
-def _register() -> None:
-    library = torch.library.Library("fusedrnn", "FRAGMENT")
+def _tf32_allowed(x: Tensor) -> bool:
+    """Whether products of a recurrence may take tf32 operands: torch's switch for those of cuDNN."""
+    rnn: Any = torch.backends.cudnn.rnn
+    return x.dtype == torch.float32 and rnn.fp32_precision == "tf32"
+
+
+def _register(namespace: str) -> None:
+    library, ops = torch.library.Library(namespace, "FRAGMENT"), getattr(torch.ops, namespace)
     for name in ("sequence", "sequence_forward"):
         for device in autocast.DEVICES:
-            library.impl(name, _autocast_rule(name, device), f"Autocast{device.upper()}")
-    torch.library.register_fake("fusedrnn::sequence", _fake_sequence)
-    torch.library.register_fake("fusedrnn::sequence_forward", _fake_forward)
-    torch.library.register_fake("fusedrnn::sequence_backward", _fake_backward)
-    torch.library.register_autograd("fusedrnn::sequence_forward", _backward, setup_context=_save)
+            library.impl(name, _autocast_rule(getattr(ops, name), device), f"Autocast{device.upper()}")
+    emulated = namespace != "fusedrnn"
+    torch.library.register_fake(f"{namespace}::sequence", _fake_sequence)
+    torch.library.register_fake(f"{namespace}::sequence_forward", partial(_fake_forward, emulated))
+    torch.library.register_fake(f"{namespace}::sequence_backward", _fake_backward)
     torch.library.register_autograd(
-        "fusedrnn::sequence_backward", _double_backward, setup_context=_save_backward
+        f"{namespace}::sequence_forward", partial(_backward, ops), setup_context=_save
+    )
+    torch.library.register_autograd(
+        f"{namespace}::sequence_backward", _double_backward, setup_context=_save_backward
     )
     _keep_alive.append(library)
 
@@ -59,18 +71,17 @@ def _register() -> None:
 _keep_alive: list[torch.library.Library] = []
 
 
-def _autocast_rule(name: str, device: str) -> Any:
+def _autocast_rule(op: Any, device: str) -> Any:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
-    op = getattr(torch.ops.fusedrnn, name)
 
     def rule(cell: int, *args: Any) -> Any:
-        *tensors, reverse, batch_sizes = args
+        *tensors, reverse, batch_sizes, tf32 = args
         with torch._C._ExcludeDispatchKeyGuard(keys):
             packed = batch_sizes is not None
             cast = autocast.cast(CELL_BY_ID[cell], device, tuple(tensors), promote=packed)
-            return op(cell, *cast, reverse, batch_sizes)
+            return op(cell, *cast, reverse, batch_sizes, tf32)
 
     return rule
 
@@ -86,6 +97,7 @@ def _fake_sequence(
     weight_hr: list[Tensor],
     reverse: list[bool],
     batch_sizes: Tensor | None,
+    tf32: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     check(
         CELL_BY_ID[cell],
@@ -104,6 +116,7 @@ def _fake_sequence(
 
 
 def _fake_forward(
+    emulated: bool,
     cell: int,
     x: Tensor,
     state: list[Tensor],
@@ -116,7 +129,7 @@ def _fake_forward(
     H = weight_hh[0].size(0) // spec.gates
     shape, dtype = (*x.shape[:-1], len(weight_hh)), compute_dtype(x.dtype)
     saved = [x.new_empty(*shape, H, dtype=dtype) for _ in range(spec.states - (0 if weight_hr else 1))]
-    if spec.saved:
+    if spec.saved and x.device.type == "cpu" and not emulated:  # the CUDA kernels compute the gates again
         saved.append(x.new_empty(*shape, max(spec.gates, spec.saved), H, dtype=dtype))
     return y, final, saved
 
@@ -132,6 +145,7 @@ def _fake_backward(
     weight_hr: list[Tensor],
     reverse: list[bool],
     batch_sizes: Tensor | None,
+    tf32: bool,
     y: Tensor,
     saved: list[Tensor],
     dy: Tensor | None,
@@ -148,28 +162,29 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    cell, x, *groups, reverse, batch_sizes = inputs
+    cell, x, *groups, reverse, batch_sizes, tf32 = inputs
     y, _, saved = output
-    ctx.cell, ctx.reverse = cell, reverse
+    ctx.cell, ctx.reverse, ctx.tf32 = cell, reverse, tf32
     ctx.lengths = [len(group) for group in (*groups, saved)]
     ctx.save_for_backward(x, batch_sizes, y, *(t for group in (*groups, saved) for t in group))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], _: Any) -> tuple:
+def _backward(ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], _: Any) -> tuple:
     x, batch_sizes, y, *flat = ctx.saved_tensors
     *groups, saved = _unflatten(flat, ctx.lengths)
     state = groups[0]
-    _, need_dx, need_dstate, *need_weights, _, _ = ctx.needs_input_grad
+    _, need_dx, need_dstate, *need_weights, _, _, _ = ctx.needs_input_grad
     need_dweights = any(any(need) for need in need_weights)
     if dy is None and all(d is None for d in dfinal):
-        return (None, None, *([None] * n if n else [] for n in ctx.lengths[:-1]), None, None)
-    dx, dstate, *dweights = torch.ops.fusedrnn.sequence_backward(
+        return (None, None, *([None] * n if n else [] for n in ctx.lengths[:-1]), None, None, None)
+    dx, dstate, *dweights = ops.sequence_backward(
         ctx.cell,
         x,
         *groups,
         ctx.reverse,
         batch_sizes,
+        ctx.tf32,
         y,
         saved,
         dy,
@@ -179,7 +194,7 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], _: Any) 
     )
     lists = [_needed(dstate, need_dstate)]
     lists += [_needed(group, need) for group, need in zip(dweights, need_weights, strict=True)]
-    return (None, dx if need_dx else None, *lists, None, None)
+    return (None, dx if need_dx else None, *lists, None, None, None)
 
 
 def _needed(grads: list[Tensor], need: list[bool]) -> list[Tensor | None]:
@@ -192,7 +207,7 @@ def _unflatten(flat: Sequence[Any], lengths: list[int]) -> list[Any]:
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    cell, x, *groups, reverse, batch_sizes, _, saved, dy, dfinal, _, _ = inputs
+    cell, x, *groups, reverse, batch_sizes, _, _, saved, dy, dfinal, _, _ = inputs
     ctx.cell, ctx.reverse, ctx.n_saved = cell, reverse, len(saved)
     ctx.lengths = [len(group) for group in (*groups, dfinal)]
     ctx.save_for_backward(x, batch_sizes, dy, *(t for group in (*groups, dfinal) for t in group))
@@ -243,6 +258,7 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         None,
         None,
         None,
+        None,
         [None] * ctx.n_saved,
         ddy if has_dy else None,
         ddfinal,
@@ -256,4 +272,6 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 if not libraries.cpu_reason():
-    _register()
+    _register("fusedrnn")
+if not libraries.emulator_reason():
+    _register("fusedrnn_emulator")

@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 import torch
 
+KERNELS = ("cuda", "cpu", "emulator")  # backends that are kernels of this package
+_CAPABILITY = (8, 0)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
     """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection).
 
-    ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation.
+    ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``capability``: a CUDA
+    device's compute capability.
     """
 
     cell: str
@@ -28,6 +31,7 @@ class Problem(NamedTuple):
     packed: bool
     autocast: bool
     transformed: bool
+    capability: tuple[int, int] | None = None
 
 
 class Plan(NamedTuple):
@@ -61,9 +65,16 @@ def make_plan(problem: Problem, available: dict[str, str], forced: str | None = 
 
 def cannot_serve(backend: str, problem: Problem) -> str:
     """Why the backend cannot serve the problem; empty if it can."""
-    if backend in ("cuda", "cpu"):
-        if problem.device != backend:
-            return f"it serves {backend} tensors, these are on {problem.device}"
+    if backend in KERNELS:
+        device = "cpu" if backend == "emulator" else backend
+        if problem.device != device:
+            return f"it serves {device} tensors, these are on {problem.device}"
+        if problem.capability is not None and problem.capability < _CAPABILITY:
+            return (
+                "its kernels need the tensor cores and asynchronous copies of compute capability "
+                f"{_CAPABILITY[0]}.{_CAPABILITY[1]}; this device has {problem.capability[0]}."
+                f"{problem.capability[1]}"
+            )
         if problem.dtype not in _FLOATING:
             return f"it has no kernel for {problem.dtype}"
         if problem.transformed:

@@ -12,12 +12,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
 
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "emulator")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of the CUDA kernels, which the emulator runs, would else take tf32 operands."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=BACKENDS)

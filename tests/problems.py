@@ -31,6 +31,7 @@ SHAPES = (
     Shape(3, 1, 30, 200),
     Shape(2, 40, 3, 129),
 )
+KERNELS = ("cpu", "emulator")  # the backends that run kernels of this package on CPU tensors
 DIRECTIONS = ([False], [True], [False, True])
 
 

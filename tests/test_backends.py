@@ -15,7 +15,7 @@ from fusedrnn import libraries
 from fusedrnn.backend import forced
 from fusedrnn.plan import Problem, make_plan
 
-from .problems import Shape, make_problem
+from .problems import KERNELS, Shape, make_problem
 
 PROBLEM = Problem(
     cell="lstm",
@@ -32,12 +32,12 @@ PROBLEM = Problem(
     autocast=False,
     transformed=False,
 )
-ALL = dict.fromkeys(("cuda", "cpu", "torch", "reference"), "")
+ALL = dict.fromkeys(("cuda", "cpu", "emulator", "torch", "reference"), "")
 
 
 def test_backends_are_listed_with_reasons():
     backends = fusedrnn.backends()
-    assert list(backends) == ["cuda", "cpu", "torch", "reference"]
+    assert list(backends) == ["cuda", "cpu", "emulator", "torch", "reference"]
     for name, status in backends.items():
         assert status.name == name
         assert status.available == (not status.reason)
@@ -85,6 +85,25 @@ def test_other_devices_get_the_builtin():
     assert plan.rejected == {"cuda": "no kernels yet"}
 
 
+def test_cuda_kernels_serve_cuda_tensors():
+    problem = PROBLEM._replace(device="cuda", capability=(9, 0))
+    for change in ({}, {"T": 1}, {"training": False}, {"packed": True}, {"dtype": torch.float64}):
+        assert make_plan(problem._replace(**change), ALL).backend == "cuda"
+    plan = make_plan(problem._replace(capability=(7, 5)), ALL)
+    assert plan.backend == "torch"
+    assert "compute capability 8.0; this device has 7.5" in plan.rejected["cuda"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_the_emulator_serves_only_where_it_is_forced(device):
+    problem = PROBLEM._replace(device=device)
+    others = {**dict.fromkeys(ALL, "not here"), "emulator": ""}
+    with pytest.raises(RuntimeError, match="cannot serve"):
+        make_plan(problem, others)
+    if device == "cpu":
+        assert make_plan(problem, others, "emulator").backend == "emulator"
+
+
 def test_what_no_kernel_can_do_goes_to_the_reference():
     plan = make_plan(PROBLEM._replace(device="meta", reverse=(True,)), {**ALL, "cuda": "none"})
     assert plan.backend == "reference"
@@ -96,6 +115,9 @@ def test_what_no_kernel_can_do_goes_to_the_reference():
     [
         ("cpu", {"device": "cuda"}, "backend 'cpu' cannot serve this call: it serves cpu tensors"),
         ("cpu", {"dtype": torch.int64}, "it has no kernel for torch.int64"),
+        ("cuda", {}, "backend 'cuda' cannot serve this call: it serves cuda tensors, these are on cpu"),
+        ("emulator", {"device": "cuda"}, "backend 'emulator' cannot serve this call: it serves cpu tensors"),
+        ("emulator", {"transformed": True}, r"no rule for torch\.func"),
         ("torch", {"reverse": (True, False)}, "one forward and one reverse"),
         ("torch", {"dtype": torch.float8_e5m2}, "the built-in has no kernel"),
     ],
@@ -128,7 +150,7 @@ def test_use_backend_nests_and_ends():
 
 
 def test_use_backend_refuses_unknown_names():
-    message = "'cudnn' is not a backend; choose from cuda, cpu, torch, reference"
+    message = "'cudnn' is not a backend; choose from cuda, cpu, emulator, torch, reference"
     with pytest.raises(ValueError, match=message), fusedrnn.use_backend("cudnn"):
         pass
 
@@ -142,13 +164,14 @@ def test_use_backend_is_for_the_current_thread():
     assert seen == [None]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "emulator", "reference", "torch"])
 def test_the_forced_backend_ran(backend):
     problem = make_problem("lstm", Shape(2, 2, 3, 4), dtype=torch.float32)
     problem.x.requires_grad_()
     y, _ = problem.run(backend)
     name = type(y.grad_fn).__name__
-    assert ("fusedrnn" in name) == (backend == "cpu")
+    assert ("fusedrnn" in name) == (backend in KERNELS)
+    assert ("emulator" in name) == (backend == "emulator")
 
 
 def run_python(code, **environment):
@@ -168,6 +191,7 @@ def test_environment_variable_forces_a_backend():
         "print('fusedrnn' in repr(y.grad_fn.next_functions[0][0]))\n"
     )
     assert run_python(code, FUSEDRNN_BACKEND="cpu").stdout == "True\n"
+    assert run_python(code, FUSEDRNN_BACKEND="emulator").stdout == "True\n"
     assert run_python(code, FUSEDRNN_BACKEND="reference").stdout == "False\n"
     wrong = run_python(code, FUSEDRNN_BACKEND="cudnn")
     assert wrong.returncode != 0
@@ -180,6 +204,7 @@ def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
     assert "was not built" in libraries._load("libfusedrnn_cpu.so")
     (tmp_path / "libfusedrnn_cpu.so").write_bytes(b"not a library")
+    assert "FUSEDRNN_EMULATOR=1" in libraries.emulator_reason.__wrapped__()
     reason = libraries._load("libfusedrnn_cpu.so")
     assert "could not be loaded" in reason
     assert "libfusedrnn_cpu.so" in reason

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
 from fusedrnn.cells import CELLS
 from fusedrnn.functional import Weights, sequence
 
-from .problems import Shape, make_problem
+from .problems import KERNELS, Shape, make_problem
 
 
 def arguments(problem):
@@ -20,29 +21,47 @@ def arguments(problem):
         *map(list, problem.weights),
         problem.reverse,
         problem.batch_sizes,
+        False,  # tf32
     )
 
 
+NAMESPACES = ("fusedrnn", "fusedrnn_emulator")
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("cell", "shape"), [(c, Shape(3, 2, 3, 4)) for c in CELLS] + [("lstm", Shape(3, 2, 3, 4, 2))], ids=str
 )
-def test_opcheck(cell, shape, packed):
+def test_opcheck(cell, shape, packed, namespace):
+    ops = getattr(torch.ops, namespace)
     problem = make_problem(cell, shape, reverse=[False, True], packed=packed, dtype=torch.float32)
     args = arguments(problem)
-    torch.library.opcheck(torch.ops.fusedrnn.sequence, args)
+    torch.library.opcheck(ops.sequence, args)
     for t in problem.inputs:
         t.requires_grad_()
-    torch.library.opcheck(torch.ops.fusedrnn.sequence_forward, args)
-    y, final, saved = torch.ops.fusedrnn.sequence_forward(*args)
+    torch.library.opcheck(ops.sequence_forward, args)
+    y, final, saved = ops.sequence_forward(*args)
     dfinal = [torch.randn_like(s) for s in final]
     for need_dx, need_dweights, dy in ((True, True, torch.randn_like(y)), (False, False, None)):
         torch.library.opcheck(
-            torch.ops.fusedrnn.sequence_backward,
+            ops.sequence_backward,
             (*args, y.detach(), [s.detach() for s in saved], dy, dfinal, need_dx, need_dweights),
             # Its gradients go through the reference, which autograd checks elsewhere.
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+def test_fake_tensors_of_a_gpu():
+    """Traced without a GPU: the CUDA kernels keep states, no gates."""
+    problem = make_problem("lstm", Shape(3, 2, 3, 4), dtype=torch.float32)
+    with FakeTensorMode():
+        problem = problem.with_inputs(
+            [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in problem.inputs]
+        )
+        y, final, saved = torch.ops.fusedrnn.sequence_forward(*arguments(problem))
+    assert [s.shape for s in saved] == [(3, 2, 1, 4)]
+    assert {t.device.type for t in (y, *final, *saved)} == {"cuda"}
 
 
 def test_cells_agree_with_the_native_library():
@@ -106,7 +125,7 @@ PACKED_BROKEN = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_bad_arguments_are_refused(name, backend):
     change, message = BROKEN[name]
@@ -114,7 +133,7 @@ def test_bad_arguments_are_refused(name, backend):
         broken(change).run(backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("name", PACKED_BROKEN)
 def test_bad_batch_sizes_are_refused(name, backend):
     change, message = PACKED_BROKEN[name]
@@ -125,12 +144,13 @@ def test_bad_batch_sizes_are_refused(name, backend):
         problem.run(backend)
 
 
-def test_backward_op_refuses_what_forward_did_not_return():
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_backward_op_refuses_what_forward_did_not_return(namespace):
     problem = make_problem("lstm", Shape(3, 2, 4, 5))
-    args = arguments(problem)
-    y, final, saved = torch.ops.fusedrnn.sequence_forward(*args)
-    backward = torch.ops.fusedrnn.sequence_backward
-    for bad in (saved[:1], [saved[0], saved[1][:2]], [s.float() for s in saved]):
+    args, ops = arguments(problem), getattr(torch.ops, namespace)
+    y, final, saved = ops.sequence_forward(*args)
+    backward = ops.sequence_backward
+    for bad in (saved[1:], [*saved[:-1], saved[-1][:2]], [s.float() for s in saved], [*saved, saved[0]]):
         with pytest.raises(RuntimeError, match="what sequence_forward returned"):
             backward(*args, y, bad, y, final, True, True)
     with pytest.raises(RuntimeError, match="dy does not fit"):
@@ -145,7 +165,7 @@ def test_backward_op_refuses_what_forward_did_not_return():
         backward(*args, y, saved, y, final[:1], True, True)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 def test_a_cell_that_reads_h_cannot_project_it(backend):
     with pytest.raises(RuntimeError, match="gru has no projection"):
         make_problem("gru", Shape(3, 2, 3, 4, 2)).run(backend)
@@ -156,7 +176,7 @@ def test_a_projection_of_nothing_is_refused():
     problem.state[0] = problem.state[0][..., :0]
     hh, hr = ([w[..., :0] for w in problem.weights.hh], [w[:0] for w in problem.weights.hr])
     problem.weights = problem.weights._replace(hh=hh, hr=hr)
-    for backend in ("cpu", "reference"):
+    for backend in (*KERNELS, "reference"):
         with pytest.raises(RuntimeError, match="must be positive"):
             problem.run(backend)
 
@@ -165,13 +185,15 @@ def test_unknown_cell():
     problem = make_problem("gru", Shape(2, 2, 2, 2))
     with pytest.raises(ValueError, match="unknown cell 'mgu'; registered: lstm, gru, rnn_tanh, rnn_relu"):
         sequence("mgu", problem.x, problem.state, problem.weights)
-    with pytest.raises(RuntimeError, match="no cell has number 9"):
-        torch.ops.fusedrnn.sequence(9, *arguments(problem)[1:])
+    for namespace in NAMESPACES:
+        with pytest.raises(RuntimeError, match="no cell has number 9"):
+            getattr(torch.ops, namespace).sequence(9, *arguments(problem)[1:])
 
 
-def test_saved_tensors_guard_against_in_place_changes():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_saved_tensors_guard_against_in_place_changes(backend):
     problem = make_problem("lstm", Shape(2, 2, 2, 2))
-    y, _ = problem.with_inputs([t.requires_grad_() for t in problem.inputs]).run("cpu")
+    y, _ = problem.with_inputs([t.requires_grad_() for t in problem.inputs]).run(backend)
     loss = y.pow(2).sum()
     with torch.no_grad():
         problem.weights.hh[0].add_(1)
@@ -179,17 +201,18 @@ def test_saved_tensors_guard_against_in_place_changes():
         loss.backward()
 
 
+@pytest.mark.parametrize(("backend", "namespace"), list(zip(KERNELS, NAMESPACES, strict=True)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast_of_the_op(cell, dtype):
+def test_autocast_of_the_op(cell, dtype, backend, namespace):
     """Called directly, the op casts as the functional interface does, and gradients come back in fp32."""
     problem = make_problem(cell, Shape(3, 2, 3, 4), dtype=torch.float32)
-    inputs = [t.requires_grad_() for t in problem.inputs]
+    inputs, ops = [t.requires_grad_() for t in problem.inputs], getattr(torch.ops, namespace)
     expected = torch.float32 if cell == "gru" else dtype  # the built-in's GRU promotes on the CPU
     with torch.autocast("cpu", dtype):
-        y, final = torch.ops.fusedrnn.sequence(*arguments(problem))
-        trained, *_ = torch.ops.fusedrnn.sequence_forward(*arguments(problem))
-        functional, _ = problem.run("cpu")
+        y, final = ops.sequence(*arguments(problem))
+        trained, *_ = ops.sequence_forward(*arguments(problem))
+        functional, _ = problem.run(backend)
     assert {t.dtype for t in (y, *final, trained, functional)} == {expected}
     assert torch.equal(y, trained)
     assert torch.equal(y, functional)
@@ -197,7 +220,7 @@ def test_autocast_of_the_op(cell, dtype):
         assert grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_autocast_dtypes_are_the_builtins(name, backend):
     ours, theirs = getattr(fusedrnn, name)(3, 4), getattr(torch.nn, name)(3, 4)
@@ -217,14 +240,14 @@ def test_autocast_dtypes_are_the_builtins(name, backend):
         torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
 
 
-def test_compiled_call_with_dynamic_shapes():
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_compiled_call_with_dynamic_shapes(namespace):
     """The ops trace: one graph, fake kernels for any T and B."""
     problem = make_problem("gru", Shape(4, 3, 5, 6))
+    forward = getattr(torch.ops, namespace).sequence_forward
 
     def run(x, h):
-        y, final, _ = torch.ops.fusedrnn.sequence_forward(
-            1, x, [h], *map(list, problem.weights), [False], None
-        )
+        y, final, _ = forward(1, x, [h], *map(list, problem.weights), [False], None, False)
         return y.sum() + final[0].sum()
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -256,5 +279,6 @@ def test_function_transforms(name):
     for a, b in zip(differentiate(ours), differentiate(theirs), strict=True):
         torch.testing.assert_close(a, b)
     assert differentiate(ours)[1].norm() > 0.01
-    with fusedrnn.use_backend("cpu"), pytest.raises(RuntimeError, match=r"no rule for torch\.func"):
-        differentiate(ours)
+    for backend in KERNELS:
+        with fusedrnn.use_backend(backend), pytest.raises(RuntimeError, match=r"no rule for torch\.func"):
+            differentiate(ours)

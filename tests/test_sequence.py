@@ -14,7 +14,7 @@ from fusedrnn import reference
 from fusedrnn.cells import CELLS
 from fusedrnn.functional import Weights, sequence
 
-from .problems import DIRECTIONS, SHAPES, Shape, make_problem, relative_error
+from .problems import DIRECTIONS, KERNELS, SHAPES, Shape, make_problem, relative_error
 
 CELL_NAMES = tuple(CELLS)
 PROJECTED = (Shape(4, 5, 8, 40, 11), Shape(3, 4, 8, 140, 70), Shape(1, 1, 2, 3, 1))
@@ -44,22 +44,25 @@ def test_cpu_equals_reference(cell, reverse, dtype):
                 assert_close(problem, "cpu", TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cell", CELL_NAMES)
-def test_smallest_problem(cell):
-    assert_close(make_problem(cell, SHAPES[0]), "cpu", 1e-12)
+def test_smallest_problem(cell, backend):
+    assert_close(make_problem(cell, SHAPES[0]), backend, 1e-12)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", PROJECTED, ids=str)
-def test_projection(shape, dtype):
+def test_projection(shape, dtype, backend):
     for packed in (False, True):
         problem = make_problem("lstm", shape, dtype=dtype, reverse=[False, True], packed=packed)
-        assert_close(problem, "cpu", TOLERANCE[dtype])
+        assert_close(problem, backend, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
-def test_projection_of_other_cells(cell):
-    assert_close(make_problem(cell, PROJECTED[0], reverse=[False, True]), "cpu", 1e-12)
+def test_projection_of_other_cells(cell, backend):
+    assert_close(make_problem(cell, PROJECTED[0], reverse=[False, True]), backend, 1e-12)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -69,16 +72,18 @@ def test_builtin_equals_reference(cell, packed):
     assert_close(problem, "torch", 1e-12)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cell", CELL_NAMES)
-def test_more_recurrences_than_directions(cell):
+def test_more_recurrences_than_directions(cell, backend):
     """N is general: three recurrences, in any mix of directions, equal three calls."""
     problem = make_problem(cell, Shape(4, 3, 5, 7), reverse=[True, False, True])
-    y, final = problem.run("cpu")
+    y, final = problem.run(backend)
     for n, reverse in enumerate(problem.reverse):
         one = Weights(*([group[n]] if group else [] for group in problem.weights))
-        y_n, final_n = sequence(
-            cell, problem.x, [s[n : n + 1] for s in problem.state], one, reverse=[reverse]
-        )
+        with fusedrnn.use_backend(backend):
+            y_n, final_n = sequence(
+                cell, problem.x, [s[n : n + 1] for s in problem.state], one, reverse=[reverse]
+            )
         torch.testing.assert_close(y[..., n * 7 : (n + 1) * 7], y_n, rtol=0, atol=0)
         for a, b in zip(final, final_n, strict=True):
             torch.testing.assert_close(a[n : n + 1], b, rtol=0, atol=0)
@@ -155,9 +160,10 @@ def test_inference_equals_training_to_the_bit(cell, packed):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cell", CELL_NAMES)
 @pytest.mark.parametrize("layout", ["batch_first", "expanded", "sliced"])
-def test_strided_tensors(cell, layout):
+def test_strided_tensors(cell, layout, backend):
     problem = make_problem(cell, Shape(4, 6, 5, 20))
     if layout == "batch_first":
         strided = [problem.x.transpose(0, 1).contiguous().transpose(0, 1)]
@@ -169,14 +175,15 @@ def test_strided_tensors(cell, layout):
     else:
         strided = [torch.stack([t, t], -1)[..., 0] for t in problem.inputs]
     assert any(not t.is_contiguous() for t in strided)
-    ours = problem.with_inputs(strided).results("cpu")
+    ours = problem.with_inputs(strided).results(backend)
     dense = problem.with_inputs([t.contiguous() for t in strided]).results("reference")
     for a, b in zip(ours, dense, strict=True):
         assert relative_error(a, b) < 1e-12
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cell", CELL_NAMES)
-def test_gradients_that_nobody_asked_for(cell):
+def test_gradients_that_nobody_asked_for(cell, backend):
     """Any subset of inputs may need a gradient, and any subset of outputs may have one."""
     problem = make_problem(cell, Shape(4, 3, 5, 7), reverse=[False, True])
     y, final = problem.with_inputs([t.requires_grad_() for t in problem.inputs]).run("reference")
@@ -184,14 +191,14 @@ def test_gradients_that_nobody_asked_for(cell):
         expected = torch.autograd.grad([t.sum() for t in outputs], problem.inputs, retain_graph=True)
         for i in range(len(problem.inputs)):
             inputs = [t.detach().requires_grad_(i == j) for j, t in enumerate(problem.inputs)]
-            y_i, final_i = problem.with_inputs(inputs).run("cpu")
+            y_i, final_i = problem.with_inputs(inputs).run(backend)
             chosen = [(y_i, *final_i)[[id(t) for t in (y, *final)].index(id(o))] for o in outputs]
             (grad,) = torch.autograd.grad([t.sum() for t in chosen], [inputs[i]])
             torch.testing.assert_close(grad, expected[i], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("cell", CELL_NAMES)
 def test_gradcheck(cell, backend, packed):
     problem = make_problem(cell, Shape(3, 3, 2, 3), reverse=[False, True], packed=packed)
@@ -206,19 +213,21 @@ def test_gradcheck(cell, backend, packed):
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-def test_gradcheck_projection():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_gradcheck_projection(backend):
     problem = make_problem("lstm", Shape(3, 2, 2, 4, 2), reverse=[False, True])
     inputs = [t.requires_grad_() for t in problem.inputs]
 
     def run(*inputs):
-        y, final = problem.with_inputs(list(inputs)).run("cpu")
+        y, final = problem.with_inputs(list(inputs)).run(backend)
         return y, *final
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-def test_third_derivative():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_third_derivative(kernel):
     problem = make_problem("gru", Shape(2, 1, 2, 2))
 
     def third(backend):
@@ -229,12 +238,13 @@ def test_third_derivative():
             value = grad.pow(2).sum()
         return grad
 
-    torch.testing.assert_close(third("cpu"), third("reference"))
-    assert third("cpu").abs().sum() > 0
+    torch.testing.assert_close(third(kernel), third("reference"))
+    assert third(kernel).abs().sum() > 0
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cell", CELL_NAMES)
-def test_input_computed_from_another_input(cell):
+def test_input_computed_from_another_input(cell, kernel):
     """Double backward where the state depends on x: each path is counted once."""
     problem = make_problem(cell, Shape(3, 2, 4, 4))
 
@@ -245,7 +255,7 @@ def test_input_computed_from_another_input(cell):
         (grad,) = torch.autograd.grad(run.run(backend)[0].pow(2).sum(), x, create_graph=True)
         return torch.autograd.grad(grad.pow(2).sum(), x)[0]
 
-    torch.testing.assert_close(penalty("cpu"), penalty("reference"))
+    torch.testing.assert_close(penalty(kernel), penalty("reference"))
 
 
 @pytest.mark.parametrize("outputs", [[0], [1], [2], [1, 2], [0, 2]], ids=str)

@@ -1,0 +1,67 @@
+#include "products.h"
+
+namespace fusedrnn {
+namespace {
+
+// a^T b, rounded once to the dtype of the caller's tensors.
+Tensor weight_gradient(const Call& call, const Tensor& a, const Tensor& b) {
+  const Tensor out = call.empty({a.size(1), b.size(1)}, call.compute);
+  multiply(out, transposed(a), b);
+  return to_dtype(out, call.dtype);
+}
+
+}  // namespace
+
+Tensor operand(const Call& call, const Tensor& t) { return kLibrary.on_cuda ? t : to_dtype(t, call.compute); }
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == out.scalar_type())
+    call_torch("aten::mm", "out", a, b, out);
+  else
+    call_torch("aten::mm", "dtype_out", a, b, out.scalar_type(), out);
+}
+
+void multiply_input(const Call& call, const Tensor& gates) {
+  const Tensor x = operand(call, rows_of(call));
+  for (int64_t n = 0; n < call.N; ++n)
+    multiply(columns_of(gates, n, call.cell.gates), x, transposed(operand(call, call.weight_ih[n])));
+}
+
+Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& sweep) {
+  const int64_t rows = call.rows(), N = call.N, H = call.H, P = call.P, G = call.cell.gates;
+  const Tensor dgx = operand(call, sweep.dgx), dgh = call.cell.same_gates ? dgx : operand(call, sweep.dgh);
+  Gradients grads;
+  if (incoming.need_dweights) {
+    const Tensor x = operand(call, rows_of(call));
+    const Tensor h_previous = view(operand(call, sweep.h_previous), {rows, N * P});
+    for (int64_t n = 0; n < N; ++n) {
+      const Tensor dgx_n = columns_of(dgx, n, G), dgh_n = columns_of(dgh, n, G);
+      grads.dweight_ih.push_back(weight_gradient(call, dgx_n, x));
+      grads.dweight_hh.push_back(weight_gradient(call, dgh_n, narrow(h_previous, 1, n * P, P)));
+      if (!call.bias_ih.empty()) {
+        const Tensor sums = column_sums(dgx_n, call.compute);
+        grads.dbias_ih.push_back(to_dtype(sums, call.dtype));
+        grads.dbias_hh.push_back(call.cell.same_gates
+                                     ? copy_as(sums, call.dtype)
+                                     : to_dtype(column_sums(dgh_n, call.compute), call.dtype));
+      }
+      if (call.projected()) {
+        const Tensor dh = view(sweep.dprojected, {rows, N * P}),
+                     m = torch::stable::reshape(incoming.saved[0], std::array<int64_t, 2>{rows, N * H});
+        grads.dweight_hr.push_back(weight_gradient(call, narrow(dh, 1, n * P, P), narrow(m, 1, n * H, H)));
+      }
+    }
+  }
+  for (const Tensor& t : sweep.dstate) grads.dstate.push_back(to_dtype(t, call.dtype));
+  if (incoming.need_dx) {
+    // Rounded like any product of torch: a second buffer in fp32 would be as large as the input.
+    const Tensor dx = call.empty({rows, call.I}, dgx.scalar_type());
+    multiply(dx, view(dgx, {rows, N * G * H}), operand(call, cat(call.weight_ih, 0)));
+    grads.dx = call.shaped_as_x(to_dtype(dx, call.dtype), {call.I});
+  } else {
+    grads.dx = call.empty({0}, call.dtype);
+  }
+  return grads;
+}
+
+}  // namespace fusedrnn
