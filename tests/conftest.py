@@ -21,9 +21,10 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fp32_means_fp32() -> Iterator[None]:
     """Products of the CUDA kernels, which the emulator runs, would else take tf32 operands."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture(params=BACKENDS)
