@@ -1,6 +1,5 @@
 // The functions of kernels.h: which kernel, how many blocks, which parameters.
 #include <algorithm>
-#include <array>
 #include <map>
 #include <mutex>
 
@@ -152,31 +151,15 @@ PersistentPass pass_of(CellId cell, Number number, bool tf32, bool backward) {
   });
 }
 
-// Asked once for each answer: an occupancy query takes as long as some dozen steps.
 bool resident(const PersistentPlan& plan, bool backward, CellId cell, Number number, bool tf32) {
-  static std::mutex mutex;
-  static std::map<std::array<int64_t, 11>, bool> known;
-  const std::array<int64_t, 11> key{current_device(),
-                                    static_cast<int64_t>(cell),
-                                    static_cast<int64_t>(number),
-                                    tf32,
-                                    backward,
-                                    static_cast<int64_t>(plan.exchange),
-                                    plan.slices,
-                                    plan.unit_tiles,
-                                    plan.k_splits,
-                                    plan.batch_tiles,
-                                    plan.exchange == Exchange::kGrid ? plan.groups : 1};
-  const std::lock_guard lock(mutex);
-  if (const auto found = known.find(key); found != known.end()) return found->second;
   const LaunchShape shape = shape_of(plan, pass_of(cell, number, tf32, backward), plan.groups);
-  return known[key] = with_cell(cell, [&]<class Cell>(Cell) {
-           return with_operand(number, tf32, [&]<class Op>(Op) {
-             using Kernels = PersistentKernels<Cell, Op>;
-             return backward ? fits(Kernels::backward(plan.exchange), shape)
-                             : fits(Kernels::forward(plan.exchange), shape);
-           });
-         });
+  return with_cell(cell, [&]<class Cell>(Cell) {
+    return with_operand(number, tf32, [&]<class Op>(Op) {
+      using Kernels = PersistentKernels<Cell, Op>;
+      return backward ? fits(Kernels::backward(plan.exchange), shape)
+                      : fits(Kernels::forward(plan.exchange), shape);
+    });
+  });
 }
 
 #if defined(__CUDACC__)

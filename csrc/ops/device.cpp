@@ -123,7 +123,7 @@ Outputs forward(const Call& call, bool training) {
   }
   if (rows == 0) {
     for (const Tensor& t : call.state) out.final.push_back(copy_as(t, call.dtype));
-  } else if (const std::optional<PersistentPlan> plan = choose_plan(call, false)) {
+  } else if (const std::optional<PersistentPlan> plan = choose_plan(call, false, place)) {
     for (int s = 0; s < call.cell.states; ++s) {
       out.final.push_back(call.empty({N, call.B, H}, call.dtype));
       p.state0[s] = arguments.in(call.state[s]);
@@ -174,7 +174,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
     previous_rows(p.number, p.steps, rows, N, P, p.weights, arguments.in(call.state[0]),
                   arguments.in(incoming.y), data(sweep.h_previous), place.stream);
     if (recomputes) multiply_gates(call, sweep.h_previous, gx, gh);
-    if (const std::optional<PersistentPlan> plan = choose_plan(call, true))
+    if (const std::optional<PersistentPlan> plan = choose_plan(call, true, place))
       launch(call, p, *plan, place);
     else
       run_steps(call, p, incoming.dy, incoming.dfinal, sweep, place.stream);

@@ -1,11 +1,14 @@
 #include "schedule.h"
 
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <set>
+#include <string>
+#include <vector>
 
 #include "ops.h"
 
@@ -60,6 +63,50 @@ Launches& launches() {
   return all;
 }
 
+struct Choice {
+  std::optional<PersistentPlan> plan = {};
+  bool refused = false;  // a better plan was, by the device
+  std::string why = {};  // it was refused, or there is no plan
+};
+
+Choice choose(const Call& call, bool backward, std::optional<Exchange> demanded) {
+  const Number number = number_of(call.dtype);
+  const GpuProblem problem{pass_of(call.id, number, call.tf32, backward), call.N, call.B, call.H};
+  const GpuDevice device = device_limits();
+  const std::vector<PersistentPlan> plans = plan_persistent(problem, device);
+  Choice choice{.why = "no such plan fits this device and hidden size " + std::to_string(call.H)};
+  if (!demanded && !plans.empty() && stepwise_is_faster(plans.front(), problem, device)) return choice;
+  for (const PersistentPlan& plan : plans) {
+    if (demanded && plan.exchange != *demanded) continue;
+    if (resident(plan, backward, call.id, number, call.tf32)) {
+      choice.plan = plan;
+      break;
+    }
+    if (!choice.refused) choice.why = "this device cannot keep a " + describe(plan) + " resident";
+    choice.refused = true;
+  }
+  return choice;
+}
+
+// Choosing takes as long as some dozen steps: a problem that was met before has its answer.
+Choice known_choice(const Call& call, bool backward, std::optional<Exchange> demanded, const Place& place) {
+  static std::mutex mutex;
+  static std::map<std::array<int64_t, 9>, Choice> known;
+  const std::array<int64_t, 9> key{place.device,
+                                   static_cast<int64_t>(call.id),
+                                   static_cast<int64_t>(call.dtype),
+                                   call.tf32,
+                                   backward,
+                                   demanded ? static_cast<int64_t>(*demanded) : -1,
+                                   call.N,
+                                   call.B,
+                                   call.H};
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (known.size() == 1024) known.clear();  // batches of any size
+  return known[key] = choose(call, backward, demanded);
+}
+
 template <class Pass>
 void run_persistent(const Call& call, const Pass& pass, bool backward, const PersistentPlan& plan,
                     const Place& place) {
@@ -90,35 +137,22 @@ Number number_of(ScalarType dtype) {
   }
 }
 
-std::optional<PersistentPlan> choose_plan(const Call& call, bool backward) {
+std::optional<PersistentPlan> choose_plan(const Call& call, bool backward, const Place& place) {
   const Demand demand = demanded();
   if (demand.stepwise) return {};
-  std::optional<PersistentPlan> chosen, refused;
-  std::string why;
-  if (call.dtype == ScalarType::Double) {
-    why = "float64 runs step by step";
-  } else if (call.projected()) {
-    why = "a projection runs step by step";
-  } else if (call.T > 1 || demand.exchange) {  // a single step does not repay loading the weights
-    const Number number = number_of(call.dtype);
-    const GpuProblem problem{pass_of(call.id, number, call.tf32, backward), call.N, call.B, call.H};
-    for (const PersistentPlan& plan : plan_persistent(problem, device_limits())) {
-      if (demand.exchange && plan.exchange != *demand.exchange) continue;
-      if (resident(plan, backward, call.id, number, call.tf32)) {
-        chosen = plan;
-        break;
-      }
-      if (!refused) refused = plan;
-    }
-    why = refused ? "this device cannot keep a " + describe(*refused) + " resident"
-                  : "no such plan fits this device and hidden size " + std::to_string(call.H);
-  }
-  STD_TORCH_CHECK(chosen || !demand.exchange, "FUSEDRNN_SCHEDULE=", demand.name, " cannot run ",
-                  describe(call, backward), ": ", why);
-  if (refused)
-    log_once(describe(call, backward) + ": " + why + "; it runs " +
-             (chosen ? "as a " + describe(*chosen) : "step by step"));
-  return chosen;
+  Choice choice;
+  if (call.dtype == ScalarType::Double)
+    choice.why = "float64 runs step by step";
+  else if (call.projected())
+    choice.why = "a projection runs step by step";
+  else if (call.T > 1 || demand.exchange)  // a single step does not repay loading the weights
+    choice = known_choice(call, backward, demand.exchange, place);
+  STD_TORCH_CHECK(choice.plan || !demand.exchange, "FUSEDRNN_SCHEDULE=", demand.name, " cannot run ",
+                  describe(call, backward), ": ", choice.why);
+  if (choice.refused)
+    log_once(describe(call, backward) + ": " + choice.why + "; it runs " +
+             (choice.plan ? "as a " + describe(*choice.plan) : "step by step"));
+  return choice.plan;
 }
 
 void launch(const Call& call, const Forward& forward, const PersistentPlan& plan, const Place& place) {

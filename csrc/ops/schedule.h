@@ -18,7 +18,7 @@ struct Place {
 Number number_of(ScalarType dtype);
 
 // The plan by which a pass runs, or none: step by step. Throws if FUSEDRNN_SCHEDULE demands what cannot be.
-std::optional<PersistentPlan> choose_plan(const Call& call, bool backward);
+std::optional<PersistentPlan> choose_plan(const Call& call, bool backward, const Place& place);
 
 void launch(const Call& call, const Forward& forward, const PersistentPlan& plan, const Place& place);
 void launch(const Call& call, const Backward& backward, const PersistentPlan& plan, const Place& place);
