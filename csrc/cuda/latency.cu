@@ -1,4 +1,5 @@
 // Measures what the exchanges are made of, on the current device: the figures behind the model in plan.cpp.
+// Also says which plans that model puts in which order there.
 //
 // A measurement is a kernel that repeats one operation, or a chain of operations that wait for one another,
 // and notes the clock cycles and nanoseconds of all rounds. Every loop is counted, and every wait bounded.
@@ -7,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels.h"
 #include "launch.h"
 #include "primitives/copy.h"
 #include "primitives/flag.h"
@@ -26,13 +28,14 @@ struct Result {
 
 struct Params {
   int rounds, blocks;
-  int count;  // chase_l2: lines of the ring; cluster_gather: packets that a block sends to each
+  int count;  // chase_l2: lines of the ring; cluster_gather: packets for each block; grid_gather: bytes of
+              // all
   Result* result;
-  char* memory;  // kMemoryBytes, zeroed
+  char* memory;  // kMemoryBytes
 };
 
 constexpr int kThreads = 256, kWarp = 32, kLinks = 64, kLine = 128, kUnroll = 16;
-constexpr int kMemoryBytes = 1 << 20;
+constexpr int kMemoryBytes = 1 << 20, kFlagBytes = 1 << 10;
 
 struct Time {
   int64_t cycles, nanoseconds;
@@ -170,8 +173,7 @@ FUSEDRNN_MEASUREMENT(flag_ping_pong) {
   finish(p, begin, 0);
 }
 
-// The step of a grid exchange, or a barrier of the grid: every block sets its flag and waits for those of
-// all.
+// A barrier of the grid, made of flags: every block sets its own and waits for those of all.
 FUSEDRNN_MEASUREMENT(flag_gather) {
   auto* flags = reinterpret_cast<uint32_t*>(p.memory);
   Deadline deadline(&p.result->status);
@@ -182,6 +184,31 @@ FUSEDRNN_MEASUREMENT(flag_gather) {
     sync_warp();
   }
   finish(p, begin, 0);
+}
+
+// The step of a grid exchange: every block writes its part of p.count bytes and reads all of them.
+FUSEDRNN_MEASUREMENT(grid_gather) {
+  auto* flags = reinterpret_cast<uint32_t*>(p.memory);
+  const int part = p.count / p.blocks, begins = thread_index() * static_cast<int>(sizeof(Vector8));
+  const int stride = threads_of_block() * static_cast<int>(sizeof(Vector8));
+  uint32_t sum = 0;
+  Deadline deadline(&p.result->status);
+  const Time begin = now();
+  for (int round = 0; round < p.rounds; ++round) {
+    char* buffer = p.memory + kFlagBytes + (round & 1) * p.count;
+    for (int i = begins; i < part; i += stride)
+      *reinterpret_cast<Vector8*>(buffer + block_index() * part + i) = {{sum, sum}};
+    sync_block();
+    if (thread_index() == 0) flag_set(&flags[block_index()], round + 1);
+    for (int i = lane_index(); i < p.blocks; i += kWarp) flag_wait(&flags[i], round + 1, deadline);
+    sync_warp();
+#pragma unroll 8
+    for (int i = begins; i < p.count; i += stride) {
+      const Vector8 v = load_fresh(buffer + i);
+      sum ^= v.words[0] ^ v.words[1];
+    }
+  }
+  finish(p, begin, sum);
 }
 
 FUSEDRNN_MEASUREMENT(cluster_barriers) {
@@ -277,6 +304,10 @@ std::vector<Measurement> measurements() {
     all.push_back(
         {"flags of " + (blocks == device.multiprocessors ? "all" : std::to_string(blocks)) + " blocks",
          flag_gather, spread(blocks, kWarp, true), kRounds, 0, 1, 0});
+  for (int blocks : {8, 16, 32, 64})
+    if (blocks <= device.multiprocessors)
+      all.push_back({"exchange of 16 KiB, " + std::to_string(blocks) + " blocks of a grid", grid_gather,
+                     spread(blocks, kThreads, true), kRounds, 16 << 10, 1, 0});
   for (int blocks : {2, 4, 8, 16}) {
     const std::string of = ", cluster of " + std::to_string(blocks);
     const auto gather = [&](const char* name, int count, bool rate) {
@@ -290,9 +321,9 @@ std::vector<Measurement> measurements() {
                    kRounds, 0, 1, 0});
     all.push_back({"sync_cluster, 8 warps" + of, cluster_barriers, cluster(blocks, kThreads, kSmall), kRounds,
                    0, 1, 0});
-    gather("gather of 16 B from each", 1, false);
-    gather("gather of 16 KiB", 1024 / blocks, false);
-    gather("gather rate at 64 KiB", 4096 / blocks, true);
+    gather("exchange of 16 B from each", 1, false);
+    gather("exchange of 16 KiB", 1024 / blocks, false);
+    gather("exchange rate at 64 KiB", 4096 / blocks, true);
   }
   return all;
 }
@@ -303,8 +334,8 @@ void measure(const Measurement& what, int sample, double (&result)[4]) {
   check_cuda(cudaMalloc(&allocated, 2 * kMemoryBytes), "cudaMalloc");
   const std::unique_ptr<char, void (*)(char*)> memory(allocated, [](char* p) { cudaFree(p); });
   check_cuda(cudaMemset(memory.get(), 0, 2 * kMemoryBytes), "cudaMemset");
-  // Another line for each sample: how far a line is depends on its address.
-  const int line = what.count == 1 ? sample * 37 % (kMemoryBytes / kLine) : 0;
+  // Other lines for each sample: how far a line is depends on its address.
+  const int line = sample * 37 % (kMemoryBytes / kLine);
   auto* result_there = reinterpret_cast<Result*>(memory.get() + 2 * kMemoryBytes - sizeof(Result));
   launch(what.kernel,
          {what.rounds, static_cast<int>(what.shape.blocks), what.count, result_there,
@@ -317,6 +348,32 @@ void measure(const Measurement& what, int sample, double (&result)[4]) {
   result[1] = what.bytes * what.rounds;
   result[2] = static_cast<double>(found.cycles);
   result[3] = static_cast<double>(found.nanoseconds);
+}
+
+int clusters_at_once(int blocks) {
+  const LaunchShape shape{blocks, kThreads, limits_of_current_device().shared_bytes, blocks, false};
+  const LaunchConfig config(cluster_barriers, shape, nullptr);
+  int count = 0;
+  check_cuda(
+      cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(cluster_barriers), config.get()),
+      "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
+std::string plans(CellId cell, Number number, bool tf32, bool backward, int64_t N, int64_t B, int64_t H) try {
+  constexpr const char* kExchanges[] = {"block", "cluster", "grid"};
+  std::string lines;
+  for (const auto& plan :
+       plan_persistent({pass_of(cell, number, tf32, backward), N, B, H}, device_limits())) {
+    if (!resident(plan, backward, cell, number, tf32)) continue;
+    lines += kExchanges[static_cast<int>(plan.exchange)];
+    for (int figure : {plan.slices, plan.unit_tiles, plan.k_splits, plan.batch_tiles, plan.groups})
+      lines.append(1, ' ').append(std::to_string(figure));
+    lines += '\n';
+  }
+  return lines;
+} catch (const std::exception&) {
+  return "";  // such a pass has no persistent kernel
 }
 
 }  // namespace
@@ -345,4 +402,22 @@ FUSEDRNN_EXPORT const char* fusedrnn_cuda_measure(int index, int sample, double*
   thread_local std::string message;
   message = error.what();
   return message.c_str();
+}
+
+// How many clusters of so many blocks, each with a multiprocessor to itself, the current device has at once.
+FUSEDRNN_EXPORT int fusedrnn_cuda_clusters(int blocks) try {
+  return fusedrnn::cuda::clusters_at_once(blocks);
+} catch (const std::exception&) {
+  return 0;
+}
+
+// The plans that the current device can keep resident, the one it would take first: a line each of exchange,
+// slices, unit_tiles, k_splits, batch_tiles and groups. number: 0 bf16, 1 fp16, 2 fp32. Valid until the
+// thread's next call.
+FUSEDRNN_EXPORT const char* fusedrnn_cuda_plans(int cell, int number, bool tf32, bool backward, int64_t N,
+                                                int64_t B, int64_t H) {
+  thread_local std::string lines;
+  lines = fusedrnn::cuda::plans(static_cast<fusedrnn::CellId>(cell),
+                                static_cast<fusedrnn::cuda::Number>(number), tf32, backward, N, B, H);
+  return lines.c_str();
 }
