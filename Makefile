@@ -1,6 +1,7 @@
 # From a fresh clone, with python3 (3.11 or newer), a C++ compiler and make:
 #   make bench   install, build, run the benchmark        make test    install, build, run the tests
 #   make lint    check style and types                    make clean   remove what was built
+#   make gpu-check   on a machine with a GPU: what only a GPU can show
 # Pass options with ARGS, choose an interpreter with PYTHON: make test ARGS="-k gru" PYTHON=python3.12
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,13 +13,16 @@ CPP  = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench test lint build clean distclean
+.PHONY: help bench gpu-check test lint build clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 bench: build $(VENV)/.installed-bench
 	$(PY) -m benchmarks $(ARGS)
+
+gpu-check: build $(VENV)/.installed-bench
+	$(PY) -m benchmarks.gpu_check $(ARGS)
 
 test: export FUSEDRNN_TESTING = 1
 test: export FUSEDRNN_EMULATOR = 1

@@ -1,0 +1,363 @@
+"""The GPU check, run on a CPU through the emulator: what it would tell of a GPU is right."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gates, timing
+from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import correctness, problems, sanitizer, workers
+from benchmarks.gpu_check.checks import FAILED, NOT_RUN, PASSED, Check, Context, Settings, run_check
+from fusedrnn import ops
+from fusedrnn.cells import CELLS
+from fusedrnn.lib import _testing
+
+from .test_plan import KIB, GpuDevice, persistent_pass
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, "emulator", quick=True, seed=0)
+QUICK = ["--device", "cpu", "--backend", "emulator", "--quick"]
+
+
+def run(tmp_path, *arguments):
+    status = command.main([*QUICK, "--out", str(tmp_path), *arguments])
+    (path,) = (tmp_path / "emulator").glob("*.json")
+    return status, json.loads(path.read_text())
+
+
+def stages_of(report):
+    return {stage["name"]: stage for stage in report["stages"]}
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """The kernels' y is off by a tenth, when ``schedule`` is forced or, if that is None, always."""
+    sequence = ops.sequence
+
+    def install(schedule=None):
+        def scaled(backend, *args):
+            y, final = sequence(backend, *args)
+            off = backend == "emulator" and schedule in (None, os.environ.get("FUSEDRNN_SCHEDULE"))
+            return (y * 1.1 if off else y), final
+
+        monkeypatch.setattr(ops, "sequence", scaled)
+
+    return install
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """Every stage, from end to end; without a repository the commit is what it was told."""
+    monkeypatch.setattr("benchmarks.report._commit", lambda: None)
+    status, report = run(tmp_path, "--commit", "abc")
+    assert status == 0
+    assert report["environment"]["commit"] == "abc"
+    assert report["environment"]["backend"] == "emulator"
+    stages = stages_of(report)
+    assert list(stages) == ["primitives", "parity", "repeats", "graphs", "streams", "sanitizer", "timing"]
+    for name in ("primitives", "graphs", "streams", "sanitizer"):
+        (record,) = stages[name]["records"]
+        assert (record["verdict"], record["why"]) == (NOT_RUN, "needs a GPU")
+    for name in ("parity", "repeats", "timing"):
+        assert stages[name]["verdict"] == PASSED
+
+    met = {(r["cell"], r["schedule"], r["precision"]) for r in stages["parity"]["records"]}
+    assert met == {(c, s, p) for c in CELLS for s in problems.SCHEDULES for p in ("fp32", "bf16")}
+    for record in stages["parity"]["records"]:
+        assert record["allowed"] > record["worst"] == max(e[0] for e in record["errors"].values())
+        assert {"y", "final0", "dx", "dstate0", "dih0", "dhh0", "dbias_hh0"} <= record["errors"].keys()
+    assert all(r["repeats"] == correctness.QUICK_REPEATS for r in stages["repeats"]["records"])
+    for record in stages["timing"]["records"]:
+        times = record["microseconds_per_step"]
+        assert times.keys() == {"builtin", "planned", "block", "cluster", "grid"}
+        assert record["ratios"].keys() == times.keys() - {"builtin"}
+        assert all(len(samples) == 2 and min(samples) > 0 for samples in times.values())
+    out = capsys.readouterr().out
+    assert "needs a GPU" in out
+    assert "they say nothing of a GPU" in out
+
+
+def test_a_wrong_backend_fails(tmp_path, capsys, wrong):
+    wrong()
+    status, report = run(tmp_path, "--stages", "parity")
+    assert status == 1
+    records = stages_of(report)["parity"]["records"]
+    assert all(r["verdict"] == FAILED and "y has a relative error of" in r["why"] for r in records)
+    assert "FAILED fp32 stepwise lstm" in capsys.readouterr().out
+
+
+def test_too_narrow_a_tolerance_fails(tmp_path, monkeypatch):
+    narrow = {name: p._replace(cap=0.01) for name, p in gates.PRECISIONS.items()}
+    monkeypatch.setattr(gates, "PRECISIONS", narrow)
+    status, report = run(tmp_path, "--stages", "parity")
+    assert status == 1
+    assert stages_of(report)["parity"]["verdict"] == FAILED
+
+
+def test_a_wrong_schedule_gets_no_ratio(tmp_path, capsys, wrong):
+    wrong("cluster")
+    status, report = run(tmp_path, "--stages", "timing")
+    assert status == 1
+    for record in stages_of(report)["timing"]["records"]:
+        assert "y has a relative error" in record["faults"]["cluster"]
+        assert record["ratios"].keys() == {"planned", "block", "grid"}
+        assert "cluster" not in record["microseconds_per_step"]
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_runs_that_differ_are_counted(tmp_path, monkeypatch):
+    sequence, calls = ops.sequence, []
+
+    def unsteady(backend, *args):
+        calls.append(backend)
+        y, final = sequence(backend, *args)
+        return (y + math.nan if len(calls) == 3 else y), final
+
+    monkeypatch.setattr(ops, "sequence", unsteady)
+    status, report = run(tmp_path, "--stages", "repeats")
+    assert status == 1
+    first, *rest = stages_of(report)["repeats"]["records"]
+    assert first["wrong"] == {"y": 1}
+    assert all(r["verdict"] == PASSED for r in rest)
+
+
+def test_no_time_left_is_said(tmp_path, capsys):
+    status, report = run(tmp_path, "--stages", "parity,timing", "--limit", "0")
+    assert status == 0
+    assert all(r["verdict"] == NOT_RUN for stage in report["stages"] for r in stage["records"])
+    assert "share of the time is used up" in capsys.readouterr().out
+
+
+def test_a_second_run_keeps_the_first(tmp_path):
+    for _ in range(2):
+        assert command.main([*QUICK, "--out", str(tmp_path), "--stages", "graphs"]) == 0
+    assert len([*tmp_path.rglob("*.json")]) == 2
+    assert not [*tmp_path.rglob("*.new")]
+
+
+def test_the_file_is_whole_after_every_stage(tmp_path, monkeypatch):
+    def killed(*_):
+        (path,) = tmp_path.rglob("*.json")
+        assert [stage["name"] for stage in json.loads(path.read_text())["stages"]] == ["repeats"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.STAGES, "graphs", replace(correctness.GRAPHS, checks=killed, needs_gpu=False))
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*QUICK, "--out", str(tmp_path), "--stages", "repeats,graphs"])
+    assert [*tmp_path.rglob("*.json")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "parity,speed"], "no stage 'speed'"),
+        (["--case", "wavefront"], "no schedule 'wavefront'"),
+        (["--device", "meta"], "nothing to check on meta"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        command.main([*QUICK, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(tmp_path, capsys):
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_small_cases_run_alone(capsys):
+    assert command.main([*QUICK, "--case", "stepwise,block,cluster,grid"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"finished: {s}" for s in problems.SCHEDULES]
+
+
+def test_a_small_case_that_raises_is_said(capsys, monkeypatch):
+    monkeypatch.setitem(sanitizer.TINY, "block", problems.Case("lstm", 2, 3, 4, 500))
+    assert command.main([*QUICK, "--case", "block,grid"]) == 1
+    out = capsys.readouterr().out
+    assert "block raised RuntimeError" in out
+    assert "FUSEDRNN_SCHEDULE=block cannot run lstm forward" in out
+    assert "finished: grid" in out
+
+
+CLEAN = """\
+========= COMPUTE-SANITIZER
+finished: block
+finished: grid
+========= ERROR SUMMARY: 0 errors
+"""
+FOUND = """\
+========= COMPUTE-SANITIZER
+finished: block
+========= Error: Race reported between Write access at persistent+0x10
+finished: grid
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (CLEAN, ""),
+        (FOUND, "2 errors; the first: Error: Race reported"),
+        (CLEAN.replace("finished: grid\n", ""), "no verdict on grid"),
+        (CLEAN.replace("ERROR SUMMARY: 0 errors", "Device not supported"), "no verdict on the run"),
+    ],
+)
+def test_output_of_the_sanitizer(output, message):
+    if not message:
+        assert sanitizer.verdict_of(output, ["block", "grid"], "exit status 0")["errors"] == 0
+        return
+    with pytest.raises(sanitizer.Failed, match=message):
+        sanitizer.verdict_of(output, ["block", "grid"], "exit status 0")
+
+
+def test_without_the_sanitizer(monkeypatch):
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
+    check, *_ = sanitizer.sanitizer_checks(SETTINGS)
+    record = run_check(check, Context(timing.Deadline(60)))
+    assert (record["verdict"], record["why"]) == (NOT_RUN, "compute-sanitizer is not installed")
+
+
+def test_a_schedule_that_hung_is_not_run_again():
+    def hang(_):
+        raise RuntimeError("a persistent kernel (...) waited for a block that never came; ...")
+
+    context = Context(timing.Deadline(60))
+    first, second, other = (
+        run_check(Check(name, run_it, schedule), context)
+        for name, run_it, schedule in (
+            ("1", hang, "grid"),
+            ("2", hang, "grid"),
+            ("3", lambda _: {"figure": 1}, "stepwise"),
+        )
+    )
+    assert (first["verdict"], second["verdict"]) == (FAILED, NOT_RUN)
+    assert second["why"] == "a launch of grid has hung before"
+    assert (other["verdict"], other["figure"]) == (PASSED, 1)
+
+
+def test_a_worker_that_dies_is_replaced():
+    supervisor = workers.Supervisor(command.worker_arguments(SETTINGS))
+    records = []
+    try:
+        for record in supervisor.run(correctness.REPEATED_RUNS, Context(timing.Deadline(120))):
+            records.append(record)
+            if len(records) == 1:
+                os.kill(supervisor._worker._process.pid, signal.SIGKILL)
+    finally:
+        supervisor.close()
+    (died,) = (r for r in records if r["verdict"] == FAILED)
+    assert "the process died; exit status -9" in died["why"]
+    names = [check.name for check in correctness.repeat_checks(SETTINGS)]
+    passed = [r["check"] for r in records if r["verdict"] == PASSED]
+    assert passed[0] == names[0]
+    assert passed[-1] == names[-1]
+    assert (
+        len(passed) >= len(names) - 2
+    )  # it may have been at a check, and have ended one that nobody read of
+
+
+class Scripted:
+    """A worker that says what the test has written down; None: it dies, "": it says nothing."""
+
+    script: tuple = ()
+
+    def __init__(self, _):
+        self.log = io.StringIO()
+
+    def ask(self, stage, first, seconds, broken):
+        self.asked.append((first, broken.copy()))
+        self.events = iter(self.script.pop(0))
+
+    def event(self, patience):
+        found = next(self.events)
+        if found == "":
+            raise TimeoutError
+        return found
+
+    def stop(self):
+        return "exit status -9"
+
+    def output(self):
+        return "said\n"
+
+
+def begins(index, schedule=""):
+    return {"begin": index, "name": f"check {index}", "patience": 5.0, "schedule": schedule}
+
+
+def passes(index):
+    return {"record": {"check": f"check {index}", "verdict": PASSED, "why": ""}, "broken": []}
+
+
+@pytest.mark.parametrize(
+    ("script", "expected", "asked"),
+    [
+        ([[begins(0), passes(0), {"end": True}]], ["check 0 passed"], [(0, set())]),
+        (
+            [[begins(0), ""], [begins(1), passes(1), {"end": True}]],
+            ["check 0 failed hung: no answer within 5 s; exit status -9", "check 1 passed"],
+            [(0, set()), (1, {"grid"})],
+        ),
+        (
+            [[begins(0), passes(0), {"restart": 1}], [begins(1), passes(1), {"restart": None}]],
+            ["check 0 passed", "check 1 passed"],
+            [(0, set()), (1, set())],
+        ),
+        ([[None]], ["repeats, start of a worker failed the process died; exit status -9"], [(0, set())]),
+        (
+            [[begins(i), None] for i in range(workers.MOST_DEATHS)],
+            [
+                *(f"check {i} failed the process died; exit status -9" for i in range(workers.MOST_DEATHS)),
+                "repeats, from check 7 on failed given up, since 6 workers have died",
+            ],
+            [(i, set()) for i in range(workers.MOST_DEATHS)],
+        ),
+    ],
+    ids=["ends", "hangs", "wants a fresh process", "does not start", "always dies"],
+)
+def test_what_is_made_of_a_worker(monkeypatch, script, expected, asked):
+    for first, *_ in script:
+        if first and "begin" in first and "hung" in str(expected):
+            first["schedule"] = "grid"
+    Scripted.script, Scripted.asked = script, []
+    monkeypatch.setattr(workers, "Worker", Scripted)
+    supervisor = workers.Supervisor([])
+    records = [*supervisor.run(correctness.REPEATED_RUNS, Context(timing.Deadline(60)))]
+    assert [f"{r['check']} {r['verdict']} {r['why']}".strip() for r in records] == expected
+    assert Scripted.asked == asked
+
+
+@pytest.mark.parametrize("largest_cluster", [16, 8])
+def test_an_h200_runs_every_case_that_is_forced(largest_cluster):
+    """By the planner: a case that could not run would be a red check that says nothing of the kernels."""
+    device = GpuDevice(
+        multiprocessors=132, shared_bytes=227 * KIB, max_cluster=largest_cluster, cooperative=True
+    )
+    cases = {(case, p, s) for _, case, p, s in correctness.parity_cases(quick=False)}
+    cases |= {(case, "bf16", s) for s, case in (*correctness.REPEATED.items(), *sanitizer.TINY.items())}
+    for case, precision, schedule in cases:
+        if schedule == "stepwise":
+            continue
+        if largest_cluster == 8 and schedule == "cluster" and correctness.LARGE["cluster"][2] == case.H:
+            continue  # what a cluster of 16 is for
+        for backward in (False, True):
+            kernel = persistent_pass(case.cell, precision, backward)
+            plans = _testing.plan_persistent(kernel, len(case.reverse), case.B, case.H, device)
+            exchanges = {plan.exchange.name.lower() for plan in plans}
+            assert schedule in exchanges, f"{schedule} {case} {precision}"
+
+
+def test_every_cell_precision_and_schedule_is_compared():
+    met = {(case.cell, p, s) for _, case, p, s in correctness.parity_cases(quick=False)}
+    assert met == {*itertools.product(CELLS, gates.PRECISIONS, problems.SCHEDULES)}
