@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 namespace fusedrnn {
@@ -108,20 +109,18 @@ double cycles_of(const PersistentPlan& plan, const GpuProblem& problem, const Gp
          static_cast<double>(ceil_divide(groups_of(plan, problem), groups_at_once(plan, device)));
 }
 
-// The fewest slices with which the exchange serves `needed` of them; 0: it cannot.
-int slices_of(Exchange exchange, int64_t needed, const GpuDevice& device) {
+bool grants(const GpuDevice& device, Exchange exchange, int64_t slices) {
+  if (slices > device.multiprocessors) return false;
   switch (exchange) {
     case Exchange::kBlock:
-      return needed == 1;
+      return slices == 1;
     case Exchange::kCluster:
-      for (int slices = 2; slices <= std::min({16, device.max_cluster, device.multiprocessors}); slices *= 2)
-        if (slices >= needed) return slices;
-      return 0;
+      return slices >= 2 && slices <= std::min(kMaxCluster, device.max_cluster) &&
+             (slices & (slices - 1)) == 0;
     case Exchange::kGrid:
-      return device.cooperative && needed >= 2 && needed <= device.multiprocessors ? static_cast<int>(needed)
-                                                                                   : 0;
+      return slices >= 2 && device.cooperative;
   }
-  return 0;
+  return false;
 }
 
 }  // namespace
@@ -135,21 +134,17 @@ std::vector<PersistentPlan> plan_persistent(const GpuProblem& problem, const Gpu
   };
   std::vector<Candidate> candidates;
   const auto consider = [&](PersistentPlan plan) {
-    if (shared_layout(plan, pass).bytes > device.shared_bytes) return;
-    // The blocks of a grid must all be resident, since they wait for each other. The device starts those of
-    // other groups when there is room; their number in a launch is that of an int.
-    const int64_t launched = plan.exchange == Exchange::kGrid ? groups_at_once(plan, device)
-                                                              : std::numeric_limits<int>::max() / plan.slices;
-    plan.groups = static_cast<int>(std::min(groups_of(plan, problem), launched));
-    candidates.push_back({plan, cycles_of(plan, problem, device)});
+    if (complete(plan, problem, device)) candidates.push_back({plan, cycles_of(plan, problem, device)});
   };
   for (Exchange exchange : {Exchange::kBlock, Exchange::kCluster, Exchange::kGrid})
     for (int unit_tiles = 1; unit_tiles <= kMaxWarps; ++unit_tiles) {
-      const int slices = slices_of(exchange, ceil_divide(H, kTile * unit_tiles), device);
-      if (slices == 0) continue;
+      int64_t slices = ceil_divide(H, kTile * unit_tiles);
+      if (exchange == Exchange::kCluster)
+        slices = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(slices, 2))));
+      if (!grants(device, exchange, slices)) continue;
       for (int k_splits = 1; unit_tiles * k_splits <= kMaxWarps; ++k_splits)
         for (int batch_tiles = 1; batch_tiles <= k_splits; ++batch_tiles)
-          consider({exchange, slices, unit_tiles, k_splits, batch_tiles, 0});
+          consider({exchange, static_cast<int>(slices), unit_tiles, k_splits, batch_tiles, 0});
     }
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Candidate& a, const Candidate& b) { return a.cycles < b.cycles; });
@@ -162,6 +157,21 @@ std::vector<PersistentPlan> plan_persistent(const GpuProblem& problem, const Gpu
     if (std::none_of(plans.begin(), plans.end(), alike)) plans.push_back(candidate.plan);
   }
   return plans;
+}
+
+bool complete(PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device) {
+  if (plan.unit_tiles < 1 || plan.k_splits < 1 || plan.unit_tiles > kMaxWarps || plan.k_splits > kMaxWarps ||
+      plan.unit_tiles * plan.k_splits > kMaxWarps || plan.batch_tiles < 1 ||
+      plan.batch_tiles > plan.k_splits || !grants(device, plan.exchange, plan.slices) ||
+      int64_t{plan.slices} * plan.units() < problem.H ||
+      shared_layout(plan, problem.pass).bytes > device.shared_bytes)
+    return false;
+  // The blocks of a grid must all be resident, since they wait for each other. The device starts those of
+  // other groups when there is room; their number in a launch is that of an int.
+  const int64_t launched = plan.exchange == Exchange::kGrid ? groups_at_once(plan, device)
+                                                            : std::numeric_limits<int>::max() / plan.slices;
+  plan.groups = static_cast<int>(std::min(groups_of(plan, problem), launched));
+  return true;
 }
 
 bool stepwise_is_faster(const PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device) {

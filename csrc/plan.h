@@ -38,6 +38,7 @@ enum class Exchange {
 
 inline constexpr int kTile = 16, kBatchTile = 8;  // units and sequences of one tensor-core product
 inline constexpr int kMaxWarps = 8;               // of a block: each holds up to 128 registers of weights
+inline constexpr int kMaxCluster = 16;            // blocks
 inline constexpr int kMaxElements = 4;            // (unit, sequence) pairs whose state a thread carries
 
 // A persistent schedule. A group of `slices` blocks runs one recurrence for 8 * batch_tiles sequences; each
@@ -84,6 +85,9 @@ struct GpuProblem {
 
 // The persistent plans that fit, the fastest by a model of the hardware first. None: the stepwise schedule.
 std::vector<PersistentPlan> plan_persistent(const GpuProblem& problem, const GpuDevice& device);
+
+// Whether the kernels and the device can have a plan; sets its groups if so.
+bool complete(PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device);
 
 // Whether that model expects the stepwise schedule to be done first: large batches of large cells fill the
 // device with each step.

@@ -75,6 +75,16 @@ def test_equals_reference(force, cell, schedule, dtype, shape):
             assert_equals_reference(problem, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    "plan", ["block:1,3,2,1", "cluster:2,2,1,1", "cluster:4,1,8,4", "grid:3,1,4,2", "grid:5,1,1,1"]
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_plan_of_the_users_choice(force, cell, plan):
+    force(plan)
+    problem = make_problem(cell, Shape(4, 19, 5, 45), dtype=torch.float32, reverse=[False, True])
+    assert_equals_reference(problem, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("schedule", PERSISTENT)
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32(force, allow_tf32, cell, schedule):
@@ -257,6 +267,12 @@ def test_what_no_kernel_runs_is_refused_when_forced(force):
         ("grid", small, "no such plan fits this device and hidden size 7"),
         ("block", large, "cannot run rnn_tanh forward: no such plan fits this device and hidden size 500"),
         ("fast", small, "FUSEDRNN_SCHEDULE=fast: choose stepwise, block, cluster or grid"),
+        ("grid:2,1,1", small, "FUSEDRNN_SCHEDULE=grid:2,1,1: choose stepwise, block, cluster or grid, or"),
+        ("grid:2,1,1,1,1", small, "FUSEDRNN_SCHEDULE=grid:2,1,1,1,1: choose stepwise"),
+        ("cluster:3,1,1,1", small, "FUSEDRNN_SCHEDULE=cluster:3,1,1,1 cannot run gru forward: no such plan"),
+        ("cluster:2,1,1,2", small, "no such plan fits"),
+        ("grid:2,9,1,1", small, "no such plan fits"),
+        ("grid:2,-1,-8,1", small, "no such plan fits"),
     ):
         force(schedule)
         with pytest.raises(RuntimeError, match=message):

@@ -115,7 +115,11 @@ class BackwardPass {
   FUSEDRNN_DEVICE void step(int s, const Partial& partial, Exchange& exchange) {
 #pragma unroll
     for (int i = 0; i < kMaxElements; ++i)
-      if (at_.has(i)) dstate_[i][0] += partial.sum(0, at_.row(i), at_.unit);
+      if (at_.has(i)) {
+        float sum[1];
+        partial.sums(at_.row(i), at_.unit, sum);
+        dstate_[i][0] += sum[0];
+      }
     if (s + 1 < order_.T) gates(s + 1, exchange);
   }
 

@@ -8,7 +8,7 @@
 //   stage(e, i, p, value)   this thread's element i has this value
 //   publish(e)              all threads of the block have staged: the group may have the block's slice
 //   receive(e)              returns once the steps of K that this warp multiplies have come
-//   load(e, byte)   8 bytes of what was received, at a byte offset of the operand
+//   received(e)             where it is; load(from) reads 8 bytes of it
 #pragma once
 
 #include "../plan.h"
@@ -52,9 +52,8 @@ class BlockExchange {
   }
   FUSEDRNN_DEVICE void publish(uint32_t) { sync_block(); }
   FUSEDRNN_DEVICE void receive(uint32_t) {}
-  FUSEDRNN_DEVICE Vector8 load(uint32_t, int byte) const {
-    return *reinterpret_cast<const Vector8*>(operand_ + byte);
-  }
+  FUSEDRNN_DEVICE const char* received(uint32_t) const { return operand_; }
+  FUSEDRNN_DEVICE static Vector8 load(const char* from) { return *reinterpret_cast<const Vector8*>(from); }
   FUSEDRNN_DEVICE void leave() {}
 
  private:
@@ -72,6 +71,9 @@ template <class E, int kPublished>
 class ClusterExchange {
  public:
   static constexpr Exchange kKind = Exchange::kCluster;
+  // Packets of 16 bytes: neighbouring units of one sequence, since their number divides 16. Lanes take
+  // packets first and blocks second, so that a lane keeps its packet where it can.
+  static constexpr int kUnits = 16 / sizeof(E), kPackets = 32 / kUnits;
 
   FUSEDRNN_DEVICE ClusterExchange(const Place& at, const SharedLayout& layout, char* shared, char*, uint32_t*,
                                   Deadline& deadline)
@@ -80,7 +82,10 @@ class ClusterExchange {
         staging_(reinterpret_cast<E*>(shared + layout.staging)),
         operand_bytes_(static_cast<int>(layout.operand_bytes)),
         barriers_(reinterpret_cast<Mbarrier*>(shared)),
-        deadline_(deadline) {
+        deadline_(deadline),
+        packet_thread_(thread_index() - lane_index() + lane_index() % kPackets * kUnits),
+        packet_unit_(packet_thread_ % at.units),
+        packet_row_(packet_thread_ / at.units) {
     if (thread_index() == 0) {
       mbarrier_init(&barriers_[0], 1);
       mbarrier_init(&barriers_[1], 1);
@@ -100,17 +105,11 @@ class ClusterExchange {
     char* operand = operand_ + (epoch & 1) * operand_bytes_;
     if (thread_index() == 0) mbarrier_expect(barrier, operand_bytes_);
     sync_warp();
-    // Packets of 16 bytes: neighbouring units of one sequence, since their number divides 16. Lanes take
-    // packets first and blocks second, so that a lane keeps its packet where it can.
-    constexpr int kUnits = 16 / sizeof(E), kPackets = 32 / kUnits;
-    const int warp_begin = thread_index() - lane_index(), packet = lane_index() % kPackets;
-    const int thread = warp_begin + packet * kUnits;
-    const int unit = thread % at_.units, row0 = thread / at_.units;
-    for (int i = 0; row0 + i * at_.row_stride < at_.rows; ++i)
+    for (int i = 0, row = packet_row_; row < at_.rows; ++i, row += at_.row_stride)
       for (int p = 0; p < kPublished; ++p) {
-        const Vector16 v =
-            *reinterpret_cast<const Vector16*>(&staging_[(i * kPublished + p) * threads_of_block() + thread]);
-        char* target = operand + operand_offset<E>(at_, kPublished, p, unit, row0 + i * at_.row_stride);
+        const Vector16 v = *reinterpret_cast<const Vector16*>(
+            &staging_[(i * kPublished + p) * threads_of_block() + packet_thread_]);
+        char* target = operand + operand_offset<E>(at_, kPublished, p, packet_unit_, row);
         for (int rank = lane_index() / kPackets; rank < at_.slices; rank += kUnits)
           remote_store(target, rank, v, barrier);
       }
@@ -119,9 +118,10 @@ class ClusterExchange {
   FUSEDRNN_DEVICE void receive(uint32_t epoch) {
     mbarrier_wait(&barriers_[epoch & 1], epoch >> 1 & 1, deadline_);
   }
-  FUSEDRNN_DEVICE Vector8 load(uint32_t epoch, int byte) const {
-    return *reinterpret_cast<const Vector8*>(operand_ + (epoch & 1) * operand_bytes_ + byte);
+  FUSEDRNN_DEVICE const char* received(uint32_t epoch) const {
+    return operand_ + (epoch & 1) * operand_bytes_;
   }
+  FUSEDRNN_DEVICE static Vector8 load(const char* from) { return *reinterpret_cast<const Vector8*>(from); }
   // A block whose patience ended has not received all that its peers may still store into it.
   FUSEDRNN_DEVICE void leave() { sync_cluster(); }
 
@@ -132,6 +132,7 @@ class ClusterExchange {
   int operand_bytes_;
   Mbarrier* barriers_;
   Deadline& deadline_;
+  int packet_thread_, packet_unit_, packet_row_;  // the first element of this lane's packet
 };
 
 // A group spread over the grid: slices go through global memory, each with a flag that holds its epoch. A
@@ -145,7 +146,7 @@ class GridExchange {
   FUSEDRNN_DEVICE GridExchange(const Place& at, const SharedLayout& layout, char*, char* operand,
                                uint32_t* flags, Deadline& deadline)
       : at_(at),
-        operand_(operand),
+        operand_(opaque(operand)),  // else it is computed again for every load
         operand_bytes_(static_cast<int>(layout.operand_bytes)),
         flags_(flags),
         deadline_(deadline) {}
@@ -165,9 +166,8 @@ class GridExchange {
       flag_wait(&flags_[slice], epoch + 1, deadline_);
     sync_warp();
   }
-  FUSEDRNN_DEVICE Vector8 load(uint32_t epoch, int byte) const {
-    return load_fresh(operand_ + static_cast<uint32_t>((epoch & 1) * operand_bytes_ + byte));
-  }
+  FUSEDRNN_DEVICE const char* received(uint32_t epoch) const { return buffer(epoch); }
+  FUSEDRNN_DEVICE static Vector8 load(const char* from) { return load_fresh(from); }
   FUSEDRNN_DEVICE void leave() {}
 
  private:

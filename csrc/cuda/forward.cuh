@@ -73,10 +73,11 @@ class ForwardPass {
   }
 
   FUSEDRNN_DEVICE void prefetch() {
+    store();
 #pragma unroll
     for (int i = 0; i < kMaxElements; ++i)
-      if (alive(i)) {
-        const float* gx = p_.gx + (row(i) * p_.all + n_) * kGates * p_.H + unit_;
+      if (alive(i, here_)) {
+        const float* gx = p_.gx + (row(i, here_) * p_.all + n_) * kGates * p_.H + unit_;
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) copy_async(prefetched(i, gate), gx + gate * p_.H);
       }
@@ -87,27 +88,22 @@ class ForwardPass {
 #pragma unroll
     for (int i = 0; i < kMaxElements; ++i) {
       if (!at_.has(i)) continue;
-      if (alive(i)) {
+      if (alive(i, here_)) {
         Array<V, kGates> gx, gh;
         Array<V, kStates> state;
+        float sums[kGates];
+        partial.sums(at_.row(i), at_.unit, sums);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) {
-          const float sum = partial.sum(gate, at_.row(i), at_.unit);
           gx[gate] = V(*prefetched(i, gate) + bias_x_[gate]);
-          gh[gate] = V(Cell::kSameGates ? sum : sum + bias_h_[gate]);
+          gh[gate] = V(Cell::kSameGates ? sums[gate] : sums[gate] + bias_h_[gate]);
         }
 #pragma unroll
         for (int j = 0; j < kStates; ++j) state[j] = V(state_[i][j]);
         const auto next = Cell::forward(gx, gh, state);
-        const int64_t at = (row(i) * p_.all + n_) * p_.H + unit_;
-        const E h = narrow<E>(value_of(next.state[0]));
-        p_.y[at] = h;
-        state_[i][0] = widen(h);
+        state_[i][0] = widen(narrow<E>(value_of(next.state[0])));
 #pragma unroll
-        for (int j = 1; j < kStates; ++j) {
-          state_[i][j] = value_of(next.state[j]);
-          if (p_.kept[j]) p_.kept[j][at] = state_[i][j];
-        }
+        for (int j = 1; j < kStates; ++j) state_[i][j] = value_of(next.state[j]);
       }
       if (s + 1 < order_.T) exchange.stage(static_cast<uint32_t>(s + 1), i, 0, Op::operand(state_[i][0]));
     }
@@ -115,11 +111,13 @@ class ForwardPass {
     b0_ = opaque(b0_);
     n_ = opaque(n_);
     unit_ = opaque(unit_);
+    before_ = here_;
     here_ = next_;
     next_ = order_.at(s + 2);
   }
 
   FUSEDRNN_DEVICE void end() {
+    store();
 #pragma unroll
     for (int i = 0; i < kMaxElements; ++i)
 #pragma unroll
@@ -128,10 +126,25 @@ class ForwardPass {
   }
 
  private:
+  // What the last step gave. Called once h is published: no peer waits for these stores.
+  FUSEDRNN_DEVICE void store() {
+#pragma unroll
+    for (int i = 0; i < kMaxElements; ++i)
+      if (alive(i, before_)) {
+        const int64_t at = (row(i, before_) * p_.all + n_) * p_.H + unit_;
+        p_.y[at] = narrow<E>(state_[i][0]);
+#pragma unroll
+        for (int j = 1; j < kStates; ++j)
+          if (p_.kept[j]) p_.kept[j][at] = state_[i][j];
+      }
+  }
+
   FUSEDRNN_DEVICE int sequence(int i) const { return b0_ + i * at_.row_stride; }
   FUSEDRNN_DEVICE bool exists(int i) const { return at_.has(i) && unit_ < p_.H && sequence(i) < p_.B; }
-  FUSEDRNN_DEVICE bool alive(int i) const { return at_.has(i) && unit_ < p_.H && sequence(i) < here_.count; }
-  FUSEDRNN_DEVICE int64_t row(int i) const { return here_.offset + sequence(i); }
+  FUSEDRNN_DEVICE bool alive(int i, const Cursor& step) const {
+    return at_.has(i) && unit_ < p_.H && sequence(i) < step.count;
+  }
+  FUSEDRNN_DEVICE int64_t row(int i, const Cursor& step) const { return step.offset + sequence(i); }
   FUSEDRNN_DEVICE int64_t initial(int i) const { return (int64_t{n_} * p_.B + sequence(i)) * p_.H + unit_; }
   FUSEDRNN_DEVICE float* prefetched(int i, int j) const {
     return prefetched_ + (i * kGates + j) * threads_of_block();
@@ -142,7 +155,7 @@ class ForwardPass {
   float* prefetched_;
   int n_, b0_, unit_;
   Order order_;
-  Cursor here_, next_;  // of the step to come and of the one after it
+  Cursor before_{0, 0}, here_, next_;  // of the last step, of the one to come and of the one after it
   float bias_x_[kGates], bias_h_[kGates];
   float state_[kMaxElements][kStates];
 };

@@ -93,6 +93,13 @@ void run(const Backward& backward, const StepBackward& step, void* stream);
 void previous_rows(Number number, const Steps& steps, int64_t rows, int64_t N, int64_t P,
                    const Weights* weights, const void* h0, const void* y, void* h_previous, void* stream);
 
+// Copies to device memory without another copy of `from`: the launch carries the values, so that a CUDA graph
+// that captures it needs nothing of the caller's memory when it is replayed.
+void upload(const int64_t* from, int64_t count, int64_t* to, void* stream);
+
+// Makes the device current for the functions here. Torch's choice is not seen: its CUDA runtime is another.
+void set_device(int device);
+
 // What plan_persistent asks of a kernel and of the current device.
 PersistentPass pass_of(CellId cell, Number number, bool tf32, bool backward);
 GpuDevice device_limits();

@@ -25,15 +25,32 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
 }
 
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr name) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, current_device()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline constexpr int64_t kSharedBytesUnasked = 48 << 10;  // what any block can have
+
 // The attributes of a launch, and what the kernel must be told before.
 class LaunchConfig {
  public:
   template <class Params>
   LaunchConfig(void (*kernel)(Params), const LaunchShape& shape, void* stream) {
     const auto* function = reinterpret_cast<const void*>(kernel);
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               "cudaFuncSetAttribute");
+    // The attribute is the function's, not the launch's: always the same value, so that launches of several
+    // threads do not meet one another's.
+    if (shape.shared_bytes > kSharedBytesUnasked)
+      check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+                 "cudaFuncSetAttribute");
     if (shape.cluster > 8)
       check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                  "cudaFuncSetAttribute");
@@ -72,43 +89,31 @@ void launch(void (*kernel)(Params), const Params& params, const LaunchShape& sha
 template <class Params>
 bool fits(void (*kernel)(Params), const LaunchShape& shape) {
   const auto* function = reinterpret_cast<const void*>(kernel);
-  int device = 0, multiprocessors = 0, count = 0;
-  bool granted =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  int count = 0;
   try {
     const LaunchConfig config(kernel, shape, nullptr);
-    if (shape.cluster > 1)
-      granted = granted && cudaOccupancyMaxActiveClusters(&count, function, config.get()) == cudaSuccess &&
-                count > 0;
-    else
-      granted = granted &&
-                cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, shape.threads,
-                                                              shape.shared_bytes) == cudaSuccess &&
-                (shape.cooperative ? int64_t{count} * multiprocessors >= shape.blocks : count > 0);
+    if (shape.cluster > 1) {
+      check_cuda(cudaOccupancyMaxActiveClusters(&count, function, config.get()), "an occupancy query");
+      return count > 0;
+    }
+    check_cuda(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, shape.threads, shape.shared_bytes),
+        "an occupancy query");
+    return shape.cooperative
+               ? int64_t{count} * device_attribute(cudaDevAttrMultiProcessorCount) >= shape.blocks
+               : count > 0;
   } catch (const std::runtime_error&) {
-    granted = false;  // an attribute that this device does not have
+    cudaGetLastError();  // a refusal is no error of whoever asks next
+    return false;
   }
-  if (!granted) cudaGetLastError();  // a refusal is no error of whoever asks next
-  return granted;
-}
-
-inline int current_device() {
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
 }
 
 // What the current device has. The blocks of a cluster beyond 8 are asked for, and may be refused by `fits`.
 inline GpuDevice limits_of_current_device() {
-  const int device = current_device();
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrClusterLaunch) ? 16 : 0, attribute(cudaDevAttrCooperativeLaunch) != 0};
+  return {device_attribute(cudaDevAttrMultiProcessorCount),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          device_attribute(cudaDevAttrClusterLaunch) ? 16 : 0,
+          device_attribute(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 #else

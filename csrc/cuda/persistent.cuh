@@ -88,11 +88,17 @@ struct Partial {
   FUSEDRNN_DEVICE float& at(int split, int tile, int row, int unit) const {
     return values[((split * tiles + tile) * rows + row) * (units + 4) + unit];
   }
-  FUSEDRNN_DEVICE float sum(int tile, int row, int unit) const {
-    float total = 0;
-#pragma unroll 1
-    for (int split = 0; split < splits; ++split) total += at(split, tile, row, unit);
-    return total;
+  // Every step waits for these: the loads of several splits and of all tiles are under way together.
+  template <int kTiles>
+  FUSEDRNN_DEVICE void sums(int row, int unit, float (&total)[kTiles]) const {
+    const int of_tile = rows * (units + 4);
+    const float* from = values + row * (units + 4) + unit;
+#pragma unroll
+    for (float& t : total) t = 0;
+#pragma unroll(kTiles == 1 ? 4 : 2)
+    for (int split = 0; split < splits; ++split, from += kTiles * of_tile)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) total[tile] += from[tile * of_tile];
   }
 };
 
@@ -143,13 +149,14 @@ FUSEDRNN_DEVICE void multiply(const Place& at, const WarpWeights<Op, kTiles, kHe
   constexpr int kSums = kTiles * kChains<kTiles>;
   const int g = lane_index() / 4, q = lane_index() % 4;
   const int step_bytes = opaque(at.rows * 32);  // the offsets of all steps would fill the registers
+  const char* operand = exchange.received(epoch);
   if constexpr (Op::kTensorCore) {
-    const int begin = (batch_tile * kBatchTile + g) * 32 + q * 8;
+    operand += (batch_tile * kBatchTile + g) * 32 + q * 8;
     const auto load = [&](int first, int count, FragmentB(&b)[kChunk]) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         if (i < count && first + i < at.end_k) {
-          const Vector8 v = exchange.load(epoch, begin + (first + i) * step_bytes);
+          const Vector8 v = Exchange::load(operand + (first + i) * step_bytes);
           b[i] = {{v.words[0], v.words[1]}};
         }
     };
@@ -177,12 +184,12 @@ FUSEDRNN_DEVICE void multiply(const Place& at, const WarpWeights<Op, kTiles, kHe
           }
     }
   } else {
-    const int begin = (batch_tile * kBatchTile + 2 * q) * 32;
+    operand += (batch_tile * kBatchTile + 2 * q) * 32;
     for (int k_step = at.first_k; k_step < at.end_k; ++k_step)
 #pragma unroll
       for (int piece = 0; piece < 4; ++piece) {
-        const int byte = begin + k_step * step_bytes + piece * 8;
-        const Vector8 b0 = exchange.load(epoch, byte), b1 = exchange.load(epoch, byte + 32);
+        const char* from = operand + k_step * step_bytes + piece * 8;
+        const Vector8 b0 = Exchange::load(from), b1 = Exchange::load(from + 32);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           const auto* rows = reinterpret_cast<const Vector8*>(

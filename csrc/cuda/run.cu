@@ -162,7 +162,19 @@ bool resident(const PersistentPlan& plan, bool backward, CellId cell, Number num
   });
 }
 
+void upload(const int64_t* from, int64_t count, int64_t* to, void* stream) {
+  UploadParams p{};
+  for (int64_t done = 0; done < count; done += p.count) {
+    p.to = to + done;
+    p.count = static_cast<int>(std::min<int64_t>(count - done, std::size(p.values)));
+    std::copy_n(from + done, p.count, p.values);
+    launch(upload_kernel, p, {1, kStepThreads, 0, 1, false}, stream);
+  }
+}
+
 #if defined(__CUDACC__)
+
+void set_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }
 
 GpuDevice device_limits() { return limits_of_current_device(); }
 
@@ -184,6 +196,8 @@ uint32_t* status_word(int device) {
 }
 
 #else
+
+void set_device(int) {}
 
 // A small device, so that a user's model does not become a hundred thousand fibers.
 GpuDevice device_limits() { return {8, 227 << 10, 4, true}; }

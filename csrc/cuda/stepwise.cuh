@@ -20,6 +20,17 @@ struct AccumulatedIn<double> {
   using Type = double;
 };
 
+struct UploadParams {
+  int64_t* to;
+  int count;
+  int64_t values[480];  // with the rest under the 4 KiB that any launch can carry
+};
+
+FUSEDRNN_KERNEL(kStepThreads)
+upload_kernel(const UploadParams p) {
+  for (int i = thread_index(); i < p.count; i += threads_of_block()) p.to[i] = p.values[i];
+}
+
 // One launch's recurrences are `first` .. `first + N` of the `all` in the tensors.
 template <class Call, class Step>
 struct StepParams {

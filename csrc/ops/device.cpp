@@ -3,8 +3,6 @@
 //
 // No gates are kept. h of every step is known once the forward has ended, so the backward computes all gates
 // again in one product.
-#include <cstring>
-
 #include "stepwise.h"
 
 #if !defined(FUSEDRNN_EMULATOR)
@@ -25,6 +23,7 @@ struct OnDevice : Place {
 class OnDevice : public Place {
  public:
   explicit OnDevice(const Call& call) : Place{call.x.get_device_index(), nullptr}, guard_(device) {
+    set_device(device);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   }
 
@@ -36,15 +35,12 @@ class OnDevice : public Place {
 // Arguments as the kernels read them: contiguous, and batch offsets on the device. Owns what was copied.
 class Arguments {
  public:
-  explicit Arguments(const Call& call) : steps_(call.steps()) {
+  Arguments(const Call& call, const Place& place) : steps_(call.steps()) {
     for (int64_t n = 0; n < call.N; ++n)
       weights_.push_back({at(call.weight_hh, n), at(call.bias_ih, n), at(call.bias_hh, n), call.reverse[n]});
-    if (call.packed && kLibrary.on_cuda) {
-      const std::array<int64_t, 1> size{call.T + 1};
-      const Tensor host = torch::stable::empty(size, ScalarType::Long);
-      std::memcpy(data(host), call.offsets.data(), (call.T + 1) * sizeof(int64_t));
-      // Not blocking: memory that is not pinned has been read when this returns.
-      owned_.push_back(torch::stable::to(host, call.x.device(), true));
+    if (call.packed) {
+      owned_.push_back(call.empty({call.T + 1}, ScalarType::Long));
+      upload(call.offsets.data(), call.T + 1, data<int64_t>(owned_.back()), place.stream);
       steps_.offsets = const_data<int64_t>(owned_.back());
     }
   }
@@ -106,7 +102,7 @@ Outputs forward(const Call& call, bool training) {
   const bool projected = call.projected();
   const OnDevice place(call);
   check_earlier_launches(place);
-  Arguments arguments(call);
+  Arguments arguments(call, place);
   const Tensor gx = call.empty({rows, N, call.cell.gates, H}, call.compute),
                y = call.empty({rows, N, call.P}, call.dtype),
                unprojected = call.empty({projected ? rows : 0, N, H}, call.compute);
@@ -141,7 +137,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   const bool projected = call.projected(), apart = !call.cell.same_gates, recomputes = call.cell.saved > 0;
   const OnDevice place(call);
   check_earlier_launches(place);
-  Arguments arguments(call);
+  Arguments arguments(call, place);
   const auto gates = [&](bool wanted, ScalarType dtype) {
     return call.empty({wanted ? rows : 0, N, G, H}, dtype);
   };

@@ -1,6 +1,5 @@
 #include "schedule.h"
 
-#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +7,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "ops.h"
@@ -27,21 +27,39 @@ std::string describe(const Call& call, bool backward) {
   return std::string(call.cell.name) + (backward ? " backward" : " forward");
 }
 
-// What FUSEDRNN_SCHEDULE demands, read at every call.
+// What FUSEDRNN_SCHEDULE demands, read at every call: a schedule or an exchange by name, and of an exchange
+// also a certain plan, as "cluster:8,2,4,1" with its slices, unit tiles, K splits and batch tiles.
 struct Demand {
-  std::string name;
+  std::string text;
   bool stepwise = false;
   std::optional<Exchange> exchange = {};
+  std::optional<PersistentPlan> plan = {};
 };
 
 Demand demanded() {
   const char* value = std::getenv("FUSEDRNN_SCHEDULE");
-  const std::string name = value ? value : "";
-  if (name.empty()) return {};
-  if (name == "stepwise") return {name, true};
+  Demand demand{value ? value : ""};
+  if (demand.text.empty()) return demand;
+  demand.stepwise = demand.text == "stepwise";
+  if (demand.stepwise) return demand;
+  const size_t colon = demand.text.find(':');
   for (int i = 0; i < 3; ++i)
-    if (name == kExchanges[i]) return {name, false, static_cast<Exchange>(i)};
-  STD_TORCH_CHECK(false, "FUSEDRNN_SCHEDULE=", name, ": choose stepwise, block, cluster or grid");
+    if (demand.text.substr(0, colon) == kExchanges[i]) demand.exchange = static_cast<Exchange>(i);
+  bool understood = demand.exchange.has_value();
+  if (understood && colon != std::string::npos) {
+    PersistentPlan plan{};
+    plan.exchange = *demand.exchange;
+    int read = 0;
+    understood = std::sscanf(demand.text.c_str() + colon, ":%d,%d,%d,%d%n", &plan.slices, &plan.unit_tiles,
+                             &plan.k_splits, &plan.batch_tiles, &read) == 4 &&
+                 colon + read == demand.text.size();
+    demand.plan = plan;
+  }
+  STD_TORCH_CHECK(
+      understood, "FUSEDRNN_SCHEDULE=", demand.text,
+      ": choose stepwise, block, cluster or grid, or of an exchange a plan, as in cluster:8,2,4,1 "
+      "(slices, unit tiles, K splits, batch tiles)");
+  return demand;
 }
 
 // torch's own log is out of reach of the stable ABI.
@@ -69,15 +87,19 @@ struct Choice {
   std::string why = {};  // it was refused, or there is no plan
 };
 
-Choice choose(const Call& call, bool backward, std::optional<Exchange> demanded) {
+Choice choose(const Call& call, bool backward, const Demand& demand) {
   const Number number = number_of(call.dtype);
   const GpuProblem problem{pass_of(call.id, number, call.tf32, backward), call.N, call.B, call.H};
   const GpuDevice device = device_limits();
-  const std::vector<PersistentPlan> plans = plan_persistent(problem, device);
+  std::vector<PersistentPlan> plans = plan_persistent(problem, device);
+  if (demand.plan) {
+    plans = {*demand.plan};
+    if (!complete(plans[0], problem, device)) plans.clear();
+  }
   Choice choice{.why = "no such plan fits this device and hidden size " + std::to_string(call.H)};
-  if (!demanded && !plans.empty() && stepwise_is_faster(plans.front(), problem, device)) return choice;
+  if (!demand.exchange && !plans.empty() && stepwise_is_faster(plans.front(), problem, device)) return choice;
   for (const PersistentPlan& plan : plans) {
-    if (demanded && plan.exchange != *demanded) continue;
+    if (demand.exchange && plan.exchange != *demand.exchange) continue;
     if (resident(plan, backward, call.id, number, call.tf32)) {
       choice.plan = plan;
       break;
@@ -89,22 +111,15 @@ Choice choose(const Call& call, bool backward, std::optional<Exchange> demanded)
 }
 
 // Choosing takes as long as some dozen steps: a problem that was met before has its answer.
-Choice known_choice(const Call& call, bool backward, std::optional<Exchange> demanded, const Place& place) {
+Choice known_choice(const Call& call, bool backward, const Demand& demand, const Place& place) {
+  using Key = std::tuple<int, CellId, ScalarType, bool, bool, int64_t, int64_t, int64_t, std::string>;
   static std::mutex mutex;
-  static std::map<std::array<int64_t, 9>, Choice> known;
-  const std::array<int64_t, 9> key{place.device,
-                                   static_cast<int64_t>(call.id),
-                                   static_cast<int64_t>(call.dtype),
-                                   call.tf32,
-                                   backward,
-                                   demanded ? static_cast<int64_t>(*demanded) : -1,
-                                   call.N,
-                                   call.B,
-                                   call.H};
+  static std::map<Key, Choice> known;
+  const Key key{place.device, call.id, call.dtype, call.tf32, backward, call.N, call.B, call.H, demand.text};
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   if (known.size() == 1024) known.clear();  // batches of any size
-  return known[key] = choose(call, backward, demanded);
+  return known[key] = choose(call, backward, demand);
 }
 
 template <class Pass>
@@ -146,8 +161,8 @@ std::optional<PersistentPlan> choose_plan(const Call& call, bool backward, const
   else if (call.projected())
     choice.why = "a projection runs step by step";
   else if (call.T > 1 || demand.exchange)  // a single step does not repay loading the weights
-    choice = known_choice(call, backward, demand.exchange, place);
-  STD_TORCH_CHECK(choice.plan || !demand.exchange, "FUSEDRNN_SCHEDULE=", demand.name, " cannot run ",
+    choice = known_choice(call, backward, demand, place);
+  STD_TORCH_CHECK(choice.plan || !demand.exchange, "FUSEDRNN_SCHEDULE=", demand.text, " cannot run ",
                   describe(call, backward), ": ", choice.why);
   if (choice.refused)
     log_once(describe(call, backward) + ": " + choice.why + "; it runs " +

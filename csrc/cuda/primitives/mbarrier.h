@@ -29,14 +29,15 @@ FUSEDRNN_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes) {
                : "memory");
 }
 
-// Waits for the end of the phase of that parity; what the phase's stores wrote is then visible.
+// Waits for the end of the phase of that parity; what the phase's stores wrote to this block's shared memory
+// is then visible. That takes no wider scope than the block, and an acquire of the cluster would empty L1.
 FUSEDRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, uint32_t parity, Deadline& deadline) {
   const uint32_t address = shared_address(barrier);
   deadline.poll([&] {
     uint32_t done;
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done)
         : "r"(address), "r"(parity)

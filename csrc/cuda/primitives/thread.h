@@ -77,6 +77,14 @@ FUSEDRNN_DEVICE int opaque(int x) {
   return x;
 }
 
+template <class T>
+FUSEDRNN_DEVICE T* opaque(T* p) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
+
 FUSEDRNN_DEVICE int lane_index() { return thread_index() % 32; }
 FUSEDRNN_DEVICE int warp_index() { return thread_index() / 32; }
 
