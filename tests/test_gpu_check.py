@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -9,14 +10,19 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import gates, timing
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import correctness, problems, sanitizer, workers
+from benchmarks.gpu_check import correctness, library, primitives, problems, sanitizer, speed, workers
 from benchmarks.gpu_check.checks import FAILED, NOT_RUN, PASSED, Check, Context, Settings, run_check
+from benchmarks.shapes import CELLS as CELLS_TIMED
+from benchmarks.shapes import Shape
 from fusedrnn import ops
 from fusedrnn.cells import CELLS
 from fusedrnn.lib import _testing
@@ -187,6 +193,128 @@ def test_a_small_case_that_raises_is_said(capsys, monkeypatch):
     assert "block raised RuntimeError" in out
     assert "FUSEDRNN_SCHEDULE=block cannot run lstm forward" in out
     assert "finished: grid" in out
+
+
+class Pretended(Settings):
+    """A CPU that is taken for a GPU: for what a check does around the kernels."""
+
+    on_gpu = True
+
+
+PRETENDED = Pretended(CPU, "emulator", quick=True, seed=0)
+TWO = problems.Case("gru", 3, 4, 5, 33, correctness.BOTH), problems.Case("lstm", 2, 3, 4, 20)
+
+
+class Stream:
+    def __init__(self, *_, **__):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """torch's CUDA, as far as the checks use it, on a CPU; a graph runs its call again, or nothing."""
+
+    def install(replays=True):
+        def capture(call):
+            results = call()
+
+            def replay():
+                for name, result in (call() if replays else {}).items():
+                    with torch.inference_mode(result.is_inference()):
+                        results[name].copy_(result)
+
+            return SimpleNamespace(replay=replay), results
+
+        for module in (correctness, speed):
+            monkeypatch.setattr(module, "capture", capture)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    return install
+
+
+def record_of(check, *arguments):
+    return run_check(Check("", partial(check, PRETENDED, *arguments)), Context(timing.Deadline(60)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("schedule", ["cluster", "stepwise"])
+def test_a_graph_is_replayed_for_other_inputs(pretend, schedule, training):
+    for replays, expected in ((True, PASSED), (False, FAILED)):
+        pretend(replays)
+        case = replace(TWO[0], packed=training)
+        record = record_of(correctness.check_graph, case, schedule, training)
+        assert record["verdict"] == expected, record
+    assert "replayed and eager results: y" in record["why"]
+
+
+def test_streams_are_compared(pretend, monkeypatch):
+    pretend()
+    pair = [("block", TWO[0]), ("grid", TWO[1])]
+    assert record_of(correctness.check_streams, pair, -1)["verdict"] == PASSED
+    sequence, calls = ops.sequence, itertools.count()
+    monkeypatch.setattr(ops, "sequence", lambda *args: (sequence(*args)[0] * (1 + (next(calls) > 3)), []))
+    monkeypatch.setattr(problems.Problem, "results", problems.Problem.forward)
+    record = record_of(correctness.check_streams, pair, 0)
+    assert (record["verdict"], record["why"][:12]) == (FAILED, "block gru T3")
+    context = Context(timing.Deadline(60), {"grid"})
+    check = Check("", partial(correctness.check_streams, PRETENDED, pair, 0))
+    assert run_check(check, context)["verdict"] == NOT_RUN
+
+
+def test_threads_are_compared(pretend):
+    pretend()
+    on_cpu = PRETENDED._replace(backend="cpu")
+    context = Context(timing.Deadline(60))
+    assert correctness.check_threads(on_cpu, "block", TWO, context) == {"rounds": 200}
+    record = record_of(correctness.check_threads, "block", [replace(TWO[0], H=999)])
+    assert "cannot run gru forward" in record["why"]
+
+
+def test_timing_by_graphs(pretend, monkeypatch):
+    pretend()
+    capture = speed.capture
+
+    def refusing(call):
+        if call.args and call.args[0] is not PRETENDED:
+            raise RuntimeError("not permitted")
+        return capture(call)
+
+    monkeypatch.setattr(speed, "capture", refusing)
+    cell, shape = CELLS_TIMED[0], Shape(3, 2, 5, 20)
+    record = record_of(speed.check_speed, "fp32", cell, shape, "inference")
+    assert record["methods"] == {"builtin": "events, since capture raised not permitted"} | dict.fromkeys(
+        ("planned", "block", "cluster", "grid"), "graph"
+    )
+
+
+def test_latencies_are_tabled(monkeypatch, capsys):
+    names = ["shared load", "L2 read", "cluster of 16", "broken"]
+
+    def measure(index, sample):
+        if index > 1:
+            raise RuntimeError(primitives.NOT_RESIDENT if index == 2 else "an illegal memory access")
+        return library.Sample(*((0, 6400) if index else (100, 0)), 3000 + sample, 1600 + sample)
+
+    monkeypatch.setattr(library, "measurements", lambda: iter(names))
+    monkeypatch.setattr(library, "measure", measure)
+    monkeypatch.setattr(library, "clusters_at_once", lambda blocks: 132 // blocks)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
+    checks = primitives.primitive_checks(PRETENDED)
+    records = [run_check(check, Context(timing.Deadline(60))) for check in checks]
+    assert [r["verdict"] for r in records] == [PASSED, PASSED, PASSED, NOT_RUN, FAILED]
+    assert len(records[1]["samples"]) == primitives.SAMPLES
+    primitives.show_primitives(records, Console(width=150))
+    out = capsys.readouterr().out
+    assert "shared load 30.1" in " ".join(out.split())
+    assert "8 of 16 blocks" in out
 
 
 CLEAN = """\

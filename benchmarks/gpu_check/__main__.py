@@ -71,6 +71,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"no stage {name!r}; choose from {', '.join(STAGES)}")
     if options.device.type not in ("cuda", "cpu"):
         parser.error(f"nothing to check on {options.device}")
+    if options.device.type == "cuda" and options.device.index is None:
+        options.device = torch.device("cuda", 0)
     if options.backend is None:
         options.backend = "cuda" if options.device.type == "cuda" else "emulator"
     options.case = options.case.split(",") if options.case else []
@@ -118,6 +120,7 @@ def check(options: argparse.Namespace, settings: Settings) -> int:
         "quick": settings.quick,
         "stages": [],
     }
+    show_environment(results["environment"], console)
     path = free_path(options.out, results["environment"])
     supervisor = Supervisor(worker_arguments(settings)) if settings.on_gpu else None
     broken: set[str] = set()
@@ -230,6 +233,15 @@ def environment(settings: Settings, commit: str | None) -> dict[str, Any]:
         facts["capability"] = [properties.major, properties.minor]
         facts["gpu"] = query_gpu()
     return facts
+
+
+def show_environment(facts: dict[str, Any], console: Console) -> None:
+    gpu = ", ".join(f"{name} {value}" for name, value in facts.get("gpu", {}).items())
+    console.print(
+        f"{facts['device']}, backend {facts['backend']}; torch {facts['torch']}, cuDNN {facts['cudnn']},"
+        f" Python {facts['python']}; commit {facts['commit']}" + f"\n{gpu}" * bool(gpu),
+        markup=False,
+    )
 
 
 def query_gpu() -> dict[str, str]:

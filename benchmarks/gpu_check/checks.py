@@ -60,6 +60,7 @@ class Check:
         name: unique in its stage.
         run: does the work and returns figures for the record; raises if something is wrong.
         schedule: what it forces; the check is not run once a launch of that schedule has hung.
+        facts: what the record holds however the check ends.
         patience: seconds after which a supervisor takes it for hung.
         alone: whether it could spoil the process for others.
     """
@@ -67,6 +68,7 @@ class Check:
     name: str
     run: Callable[[Context], dict[str, Any]]
     schedule: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
     patience: float = 60.0
     alone: bool = False
 
@@ -102,6 +104,10 @@ def failed(name: str, why: str, seconds: float = 0.0, **figures: Any) -> Record:
 
 def run_check(check: Check, context: Context) -> Record:
     """Runs one check; whatever it raises ends up in the record."""
+    return check.facts | _run(check, context)
+
+
+def _run(check: Check, context: Context) -> Record:
     if context.deadline.left <= 0:
         return not_run(check.name, "the stage's share of the time is used up")
     if check.schedule in context.broken:

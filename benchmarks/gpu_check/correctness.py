@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -90,8 +91,7 @@ def check_parity(
         problem, builtin, truth = expected(case, precision, settings.device, settings.seed)
         ours = run(problem, settings.backend, schedule, settings.device)
     verdicts = judge(ours, builtin, truth, gates.PRECISIONS[precision], kink=case.cell == "rnn_relu")
-    where = {"cell": case.cell, "precision": precision, "schedule": schedule}
-    figures = where | figures_of(verdicts, gates.PRECISIONS[precision])
+    figures = figures_of(verdicts, gates.PRECISIONS[precision])
     if faults := faults_of(verdicts):
         raise Failed(faults, **figures)
     return figures
@@ -103,6 +103,7 @@ def parity_checks(settings: Settings) -> list[Check]:
             f"{precision} {schedule} {case} ({label})",
             partial(check_parity, settings, case, precision, schedule),
             schedule,
+            facts={"cell": case.cell, "precision": precision, "schedule": schedule},
         )
         for label, case, precision, schedule in parity_cases(settings.quick)
     ]
@@ -136,12 +137,14 @@ def show_parity(records: Sequence[Record], console: Console) -> None:
 
 
 def _worst(records: Sequence[Record]) -> str:
-    if not records:
-        return "-"
-    ours = largest(r["worst"] for r in records)
-    theirs = [r["builtin_worst"] for r in records if r["builtin_worst"] == r["builtin_worst"]]
-    text = f"{ours:.1e} ({max(theirs):.1e})" if theirs else f"{ours:.1e}"
-    return text if all(r["verdict"] == PASSED for r in records) else f"[bold red]{text} wrong[/]"
+    compared = [r for r in records if "worst" in r]
+    text = ""
+    if compared:
+        theirs = [r["builtin_worst"] for r in compared if not math.isnan(r["builtin_worst"])]
+        text = f"{largest(r['worst'] for r in compared):.1e}" + (f" ({max(theirs):.1e})" if theirs else "")
+    if any(r["verdict"] == FAILED for r in records):
+        return f"[bold red]{text} failed[/]"
+    return text or NOT_RUN
 
 
 # Long enough that a block that runs ahead of its peers would meet what it must not.

@@ -43,7 +43,8 @@ def serve(settings: Settings, stages: Mapping[str, Stage], commands: IO[str], ev
             if check.alone and not fresh:
                 send(restart=index)
                 return
-            send(begin=index, name=check.name, patience=check.patience, schedule=check.schedule)
+            known = {"name": check.name, "schedule": check.schedule, "facts": check.facts}
+            send(begin=index, patience=check.patience, **known)
             record = run_check(check, context)
             send(record=record, broken=sorted(context.broken))
             fresh = False
@@ -168,7 +169,7 @@ class Supervisor:
                 if current.get("schedule"):
                     context.broken.add(current["schedule"])
             if event is None:
-                yield failed(current["name"], f"{why}; {self._end()}")
+                yield current.get("facts", {}) | failed(current["name"], f"{why}; {self._end()}")
                 return (None if current["begin"] is None else current["begin"] + 1), True
             if "end" in event:
                 return None, False
