@@ -145,9 +145,20 @@ def _plan(
         packed=packed,
         autocast=autocast.enabled(x.device.type),
         transformed=_transformed(),
+        compiling=torch.compiler.is_compiling(),
         capability=_capability(x) if x.is_cuda else None,
     )
-    return make_plan(problem, backend.reasons(), backend.forced())
+    return make_plan(problem, *_standing())
+
+
+def _standing() -> tuple[dict[str, str], str | None]:
+    """What is available and what is forced."""
+    return backend.reasons(), backend.forced()
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
+# backends it was compiled with.
+_standing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _capability(x: Tensor) -> tuple[int, int]:

@@ -14,7 +14,8 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Problem(NamedTuple):
     """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection).
 
-    ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``capability``: a CUDA
+    ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``compiling``: traced by
+    torch.compile or torch.export. ``capability``: a CUDA
     device's compute capability.
     """
 
@@ -31,6 +32,7 @@ class Problem(NamedTuple):
     packed: bool
     autocast: bool
     transformed: bool
+    compiling: bool = False
     capability: tuple[int, int] | None = None
 
 
@@ -96,6 +98,8 @@ def _preference(problem: Problem) -> tuple[str, ...]:
 
 
 def _builtin_is_faster(problem: Problem) -> bool:
+    if problem.compiling:  # the choice must hold for every T and B, and the built-in would be unrolled
+        return False
     if problem.packed or problem.autocast:  # under autocast the built-in has no fp16 LSTM on most CPUs
         return False
     if problem.T == 1:  # a single step does not repay packing the weights
