@@ -21,7 +21,6 @@ from benchmarks import gates, timing
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import correctness, library, primitives, problems, sanitizer, speed, workers
 from benchmarks.gpu_check.checks import FAILED, NOT_RUN, PASSED, Check, Context, Settings, run_check
-from benchmarks.shapes import CELLS as CELLS_TIMED
 from benchmarks.shapes import Shape
 from fusedrnn import ops
 from fusedrnn.cells import CELLS
@@ -68,8 +67,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert report["environment"]["commit"] == "abc"
     assert report["environment"]["backend"] == "emulator"
     stages = stages_of(report)
-    assert list(stages) == ["primitives", "parity", "repeats", "graphs", "streams", "sanitizer", "timing"]
-    for name in ("primitives", "graphs", "streams", "sanitizer"):
+    needing_a_gpu = {"primitives", "graphs", "streams", "sanitizer", "plans"}
+    assert stages.keys() == needing_a_gpu | {"parity", "repeats", "timing"}
+    for name in needing_a_gpu:
         (record,) = stages[name]["records"]
         assert (record["verdict"], record["why"]) == (NOT_RUN, "needs a GPU")
     for name in ("parity", "repeats", "timing"):
@@ -224,7 +224,7 @@ def pretend(monkeypatch):
             def replay():
                 for name, result in (call() if replays else {}).items():
                     with torch.inference_mode(result.is_inference()):
-                        results[name].copy_(result)
+                        results[name].detach().copy_(result.detach())
 
             return SimpleNamespace(replay=replay), results
 
@@ -285,11 +285,24 @@ def test_timing_by_graphs(pretend, monkeypatch):
         return capture(call)
 
     monkeypatch.setattr(speed, "capture", refusing)
-    cell, shape = CELLS_TIMED[0], Shape(3, 2, 5, 20)
-    record = record_of(speed.check_speed, "fp32", cell, shape, "inference")
+    record = record_of(speed.check_speed, speed.Timed("fp32", speed.LSTM, Shape(3, 2, 5, 20), "inference"))
     assert record["methods"] == {"builtin": "events, since capture raised not permitted"} | dict.fromkeys(
         ("planned", "block", "cluster", "grid"), "graph"
     )
+
+
+def test_every_plan_is_timed(pretend, monkeypatch, capsys):
+    """What can be forced is; of a plan that the other pass cannot have, that is said."""
+    pretend()
+    plans = [library.Plan("cluster", 2, 1, 2, 1, 1), library.Plan("grid", 9, 1, 1, 1, 1)]
+    monkeypatch.setattr(library, "plans", lambda *_: plans)
+    what = speed.Timed("bf16", speed.GRU, Shape(3, 2, 5, 20), "training")
+    record = record_of(speed.check_plans, what)
+    assert record["verdict"] == PASSED, record["why"]
+    assert [*record["ratios"]] == ["cluster:2,1,2,1"]
+    assert "cannot run" in record["refused"]["grid:9,1,1,1"]
+    speed.show_plans([record], Console(width=150))
+    assert "cluster:2,1,2,1" in capsys.readouterr().out
 
 
 def test_latencies_are_tabled(monkeypatch, capsys):
@@ -347,6 +360,13 @@ def test_output_of_the_sanitizer(output, message):
         return
     with pytest.raises(sanitizer.Failed, match=message):
         sanitizer.verdict_of(output, ["block", "grid"], "exit status 0")
+
+
+def test_a_sanitizer_that_was_stopped():
+    with pytest.raises(sanitizer.NotRun, match="stopped after 9 s; what had finished: block"):
+        sanitizer.verdict_of("finished: block\n", ["block", "grid"], "stopped after 9 s")
+    with pytest.raises(sanitizer.Failed, match="2 errors"):
+        sanitizer.verdict_of(FOUND, ["block", "grid"], "stopped after 9 s")
 
 
 def test_without_the_sanitizer(monkeypatch):

@@ -24,7 +24,7 @@ from .correctness import GRAPHS, PARITY, REPEATED_RUNS, STREAMS
 from .primitives import PRIMITIVES
 from .problems import SCHEDULES
 from .sanitizer import SANITIZER, run_case
-from .speed import SPEED
+from .speed import PLANS, SPEED
 from .workers import Supervisor, serve
 
 DESCRIPTION = """\
@@ -35,7 +35,8 @@ Results go into one JSON file, written again after every stage. The exit status 
 there is nothing to check. Speed has no part in it."""
 
 STAGES = {
-    stage.name: stage for stage in (PRIMITIVES, PARITY, REPEATED_RUNS, GRAPHS, STREAMS, SANITIZER, SPEED)
+    stage.name: stage
+    for stage in (PRIMITIVES, PARITY, REPEATED_RUNS, GRAPHS, STREAMS, SANITIZER, SPEED, PLANS)
 }
 COMMIT = "FUSEDRNN_COMMIT"  # read where the tree is no git repository
 MOST_LINES = 8  # on the failures of a stage

@@ -385,7 +385,7 @@ def show_verdicts(records: Sequence[Record], console: Console, **columns: Callab
     console.print(table)
 
 
-PARITY = Stage("parity", "Parity with fp64 and with the built-in", 90, parity_checks, show_parity)
-REPEATED_RUNS = Stage("repeats", "Runs repeat to the bit", 60, repeat_checks, show_repeats)
-GRAPHS = Stage("graphs", "CUDA graphs: capture and replay", 40, graph_checks, show_verdicts, needs_gpu=True)
-STREAMS = Stage("streams", "Two streams at once", 25, stream_checks, show_verdicts, needs_gpu=True)
+PARITY = Stage("parity", "Parity with fp64 and with the built-in", 60, parity_checks, show_parity)
+REPEATED_RUNS = Stage("repeats", "Runs repeat to the bit", 40, repeat_checks, show_repeats)
+GRAPHS = Stage("graphs", "CUDA graphs: capture and replay", 35, graph_checks, show_verdicts, needs_gpu=True)
+STREAMS = Stage("streams", "Two streams at once", 20, stream_checks, show_verdicts, needs_gpu=True)

@@ -25,6 +25,20 @@ class Sample(NamedTuple):
     nanoseconds: float
 
 
+class Plan(NamedTuple):
+    """A persistent plan, as in csrc/plan.h; its text is what ``FUSEDRNN_SCHEDULE`` takes."""
+
+    exchange: str
+    slices: int
+    unit_tiles: int
+    k_splits: int
+    batch_tiles: int
+    groups: int
+
+    def __str__(self) -> str:
+        return f"{self.exchange}:{self.slices},{self.unit_tiles},{self.k_splits},{self.batch_tiles}"
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(Path(fusedrnn.__file__).parent / "lib" / "libfusedrnn_cuda.so"))
@@ -71,17 +85,14 @@ def clusters_at_once(blocks: int) -> int:
     return _library().fusedrnn_cuda_clusters(blocks)
 
 
-def plans(
-    cell: str, dtype: torch.dtype, tf32: bool, backward: bool, N: int, B: int, H: int
-) -> dict[str, list[int]]:
-    """By exchange, the plan that the current device would take: slices, unit tiles, splits of K, batch tiles,
-    groups. The planner's own order of exchanges."""
+def plans(cell: str, dtype: torch.dtype, tf32: bool, backward: bool, N: int, B: int, H: int) -> list[Plan]:
+    """The plans that the current device can keep resident, the one it would take first."""
     lines = _library().fusedrnn_cuda_plans(CELLS[cell].id, _NUMBERS[dtype], tf32, backward, N, B, H)
-    best: dict[str, list[int]] = {}
+    found = []
     for line in _text(lines).splitlines():
         exchange, *figures = line.split()
-        best.setdefault(exchange, [int(figure) for figure in figures])
-    return best
+        found.append(Plan(exchange, *map(int, figures)))
+    return found
 
 
 def _text(bytes_: bytes) -> str:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ TINY = {
     "cluster": Case("gru", 3, 9, 4, 100),
     "grid": Case("gru", 3, 9, 4, 100),
 }
-FINISHED = "finished: "
+FINISHED, STOPPED = "finished: ", "stopped"
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
 BLIND = (
     "racecheck sees the shared memory that the threads of one block share: not what blocks of a cluster store"
@@ -69,11 +68,11 @@ def command(tool: str, settings: Settings) -> list[str]:
     ]
 
 
-def check_tool(settings: Settings, tool: str, seconds: float, context: Context) -> dict[str, Any]:
+def check_tool(settings: Settings, tool: str, context: Context) -> dict[str, Any]:
     schedules = [schedule for schedule in SCHEDULES if schedule not in context.broken]
     arguments = command(tool, settings)
     arguments[arguments.index("--case") + 1] = ",".join(schedules)
-    start = time.monotonic()
+    seconds = context.deadline.left / (len(TOOLS) - TOOLS.index(tool))
     process = subprocess.Popen(
         arguments,
         cwd=Path(__file__).parents[2],
@@ -85,17 +84,22 @@ def check_tool(settings: Settings, tool: str, seconds: float, context: Context) 
         process_group=0,  # the tool and what runs under it
     )
     try:
-        output, _ = process.communicate(timeout=min(seconds, context.deadline.left))
+        output, _ = process.communicate(timeout=seconds)
         ended = f"exit status {process.returncode}"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        ended = f"stopped after {time.monotonic() - start:.0f} s"
+        ended = f"{STOPPED} after {seconds:.0f} s"
     return verdict_of(output, schedules, ended)
 
 
 def verdict_of(output: str, schedules: Sequence[str], ended: str) -> dict[str, Any]:
-    """Reads a tool's output; raises if it found something, or gave no verdict on all that was asked."""
+    """Reads a tool's output.
+
+    Raises:
+        Failed: it found something, or ended without a verdict on all that was asked.
+        NotRun: it was stopped, and had found nothing until then.
+    """
     finished = [s for s in schedules if FINISHED + s in output.splitlines()]
     found = SUMMARY.findall(output)
     errors = sum(int(count) for _, count in found) if found else None
@@ -103,6 +107,8 @@ def verdict_of(output: str, schedules: Sequence[str], ended: str) -> dict[str, A
     figures = {"finished": finished, "errors": errors, "ended": ended, "output": lines[:120] + lines[-40:]}
     if errors:
         raise Failed(f"{errors} errors; the first: {first_error(lines)}", **figures)
+    if ended.startswith(STOPPED):
+        raise NotRun(f"{ended}; what had finished: {', '.join(finished) or 'nothing'}")
     if finished != list(schedules) or errors is None:
         missing = [s for s in schedules if s not in finished]
         raise Failed(f"no verdict on {', '.join(missing) or 'the run'}: {ended}", **figures)
@@ -116,7 +122,7 @@ def first_error(lines: Sequence[str]) -> str:
 
 
 def sanitizer_checks(settings: Settings) -> list[Check]:
-    return [Check(tool, partial(check_tool, settings, tool, 100.0), patience=150.0) for tool in TOOLS]
+    return [Check(tool, partial(check_tool, settings, tool)) for tool in TOOLS]
 
 
 def show_sanitizer(records: Sequence[Record], console: Console) -> None:
@@ -132,7 +138,7 @@ def show_sanitizer(records: Sequence[Record], console: Console) -> None:
 SANITIZER = Stage(
     "sanitizer",
     "compute-sanitizer",
-    110,
+    135,
     sanitizer_checks,
     show_sanitizer,
     needs_gpu=True,

@@ -1,10 +1,11 @@
-"""A first timing against the built-in: right first, then fast."""
+"""Timing against the built-in, right first, then fast; and of every plan, to see if the first is best."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,78 +28,99 @@ PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 CHECKED_STEPS = 16  # of the same sizes, held against fp64 before anything is timed
 STEPWISE_FROM = 512  # hidden units from which the stepwise schedule is worth its time here
 ROUNDS, WARMUP, SECONDS = 9, 2, 0.3
+LSTM, GRU, _ = CELLS
+REGISTERED = {"LSTM": "lstm", "GRU": "gru"}
 
 
-def speed_cases(quick: bool) -> Iterator[tuple[str, Cell, Shape, str]]:
-    """Precision, cell, shape and mode, what is asked for most first."""
+@dataclass(frozen=True)
+class Timed:
+    """A layer call that is timed."""
+
+    precision: str
+    cell: Cell
+    shape: Shape
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.cell.name} {self.shape} {self.mode}"
+
+    @property
+    def bounds(self) -> gates.Precision:
+        return gates.PRECISIONS[self.precision]
+
+    def plans(self, *, backward: bool) -> list[library.Plan]:
+        """Those that the device can keep resident, in the planner's order."""
+        cell, tf32 = REGISTERED[self.cell.name], self.precision == "tf32"
+        return library.plans(cell, self.bounds.dtype, tf32, backward, 1, self.shape.B, self.shape.H)
+
+
+def timed_calls(quick: bool) -> Iterator[Timed]:
+    """What is asked for most comes first."""
     if quick:
-        yield "fp32", CELLS[0], Shape(4, 3, 16, 33), "training"
-        yield "bf16", CELLS[1], Shape(4, 3, 16, 33), "inference"
+        yield Timed("fp32", LSTM, Shape(4, 3, 16, 33), "training")
+        yield Timed("bf16", GRU, Shape(4, 3, 16, 33), "inference")
         return
     for precision, B, H in itertools.product(PRECISIONS, BATCHES, HIDDEN):
-        for cell, mode in itertools.product(CELLS[:2], MODES):
-            yield precision, cell, Shape(STEPS, B, H, H), mode
+        for cell, mode in itertools.product((LSTM, GRU), MODES):
+            yield Timed(precision, cell, Shape(STEPS, B, H, H), mode)
 
 
-def check_speed(
-    settings: Settings, precision: str, cell: Cell, shape: Shape, mode: str, context: Context
-) -> dict[str, Any]:
-    with gates.matmul_precision(precision):
-        figures = _measure(settings, precision, cell, shape, mode, context)
-    if figures["faults"]:
-        schedule, fault = next(iter(figures["faults"].items()))
-        raise Failed(f"{schedule}: {fault}", **figures)
-    return figures
+def swept_calls() -> Iterator[Timed]:
+    for B, H in ((16, 512), (16, 256), (16, 1024), (1, 512), (64, 512), (16, 128)):
+        for cell, mode in itertools.product((LSTM, GRU), MODES):
+            yield Timed("bf16", cell, Shape(STEPS, B, H, H), mode)
 
 
-def _measure(
-    settings: Settings, precision: str, cell: Cell, shape: Shape, mode: str, context: Context
-) -> dict[str, Any]:
-    device, dtype = settings.device, gates.PRECISIONS[precision].dtype
-    torch.manual_seed(settings.seed)
-    builtin = cell.layer(torch.nn, shape).to(device, dtype)
-    ours = cell.layer(fusedrnn, shape).to(device, dtype)
-    ours.load_state_dict(builtin.state_dict())
-    schedules = ["planned", *PERSISTENT] + ["stepwise"] * (shape.H >= STEPWISE_FROM)
-    refused, faults, right = _gate(settings, precision, cell, shape, mode, builtin, ours, schedules, context)
+def check_speed(settings: Settings, what: Timed, context: Context) -> dict[str, Any]:
+    schedules = ["planned", *PERSISTENT] + ["stepwise"] * (what.shape.H >= STEPWISE_FROM)
+    return _measure(settings, what, schedules, context)
 
-    inputs = make_inputs(cell, shape, dtype, device, settings.seed)
-    calls: dict[str, timing.Call] = {"builtin": partial(call, builtin, inputs, mode)}
-    calls |= {schedule: partial(_call, settings, schedule, ours, inputs, mode) for schedule in right}
-    methods = dict.fromkeys(calls, "events" if settings.on_gpu else "clock")
-    if settings.on_gpu:
-        for name, eager in calls.items():
-            try:
-                graph, _ = capture(eager)
-            except RuntimeError as error:
-                methods[name] = f"events, since capture raised {error}"
-                torch.cuda.synchronize(device)
-            else:
-                calls[name], methods[name] = graph.replay, "graph"
-    samples = timing.interleave(
-        [*calls.values()],
-        device,
-        seconds=SECONDS,
-        warmup=1 if settings.quick else WARMUP,
-        min_rounds=2 if settings.quick else 5,
-        max_rounds=2 if settings.quick else ROUNDS,
-    )
-    settle(settings.backend, device)
-    per_step = {
-        name: [1e6 * s / shape.T for s in seconds] for name, seconds in zip(calls, samples, strict=True)
-    }
-    return {
-        "precision": precision,
-        "cell": cell.name,
-        "shape": [shape.T, shape.B, shape.I, shape.H],
-        "mode": mode,
-        "microseconds_per_step": per_step,
-        "ratios": {name: ratio(per_step["builtin"], per_step[name]) for name in right},
+
+def check_plans(settings: Settings, what: Timed, context: Context) -> dict[str, Any]:
+    """Times every plan of the call's last pass; what the other pass cannot have is refused."""
+    plans = what.plans(backward=what.mode == "training")
+    return _measure(settings, what, [str(plan) for plan in plans], context)
+
+
+def _measure(settings: Settings, what: Timed, schedules: Sequence[str], context: Context) -> dict[str, Any]:
+    """Times the built-in and, of the schedules, those that are right.
+
+    Raises:
+        Failed: one is wrong; the figures of the others are in the error.
+    """
+    device, dtype = settings.device, what.bounds.dtype
+    with gates.matmul_precision(what.precision):
+        torch.manual_seed(settings.seed)
+        builtin = what.cell.layer(torch.nn, what.shape).to(device, dtype)
+        ours = what.cell.layer(fusedrnn, what.shape).to(device, dtype)
+        ours.load_state_dict(builtin.state_dict())
+        refused, faults, right = _gate(settings, what, builtin, ours, schedules, context)
+
+        inputs = make_inputs(what.cell, what.shape, dtype, device, settings.seed)
+        calls: dict[str, timing.Call] = {"builtin": partial(call, builtin, inputs, what.mode)}
+        calls |= {name: partial(_call, settings, name, ours, inputs, what.mode) for name in right}
+        calls, methods = _captured(settings, calls)
+        samples = timing.interleave(
+            [*calls.values()],
+            device,
+            seconds=SECONDS,
+            warmup=1 if settings.quick else WARMUP,
+            min_rounds=2 if settings.quick else 5,
+            max_rounds=2 if settings.quick else ROUNDS,
+        )
+        settle(settings.backend, device)
+    times = {name: [1e6 * s / what.shape.T for s in of] for name, of in zip(calls, samples, strict=True)}
+    figures = {
+        "microseconds_per_step": times,
+        "ratios": {name: ratio(times["builtin"], times[name]) for name in right},
         "methods": methods,
-        "plans": _plans(settings, precision, cell, shape, mode),
+        "plans": _plans(settings, what),
         "refused": refused,
         "faults": faults,
     }
+    for schedule, fault in faults.items():
+        raise Failed(f"{schedule}: {fault}", **figures)
+    return figures
 
 
 def ratio(builtin: Sequence[float], ours: Sequence[float]) -> float:
@@ -111,29 +133,45 @@ def _call(settings: Settings, schedule: str, layer: Any, inputs: Inputs, mode: s
         return call(layer, inputs, mode)
 
 
+def _captured(
+    settings: Settings, calls: dict[str, timing.Call]
+) -> tuple[dict[str, timing.Call], dict[str, str]]:
+    """The calls as replays of CUDA graphs where they can be captured, and how each is timed."""
+    if not settings.on_gpu:
+        return calls, dict.fromkeys(calls, "clock")
+    replays, methods = {}, {}
+    for name, eager in calls.items():
+        try:
+            graph, _ = capture(eager)
+        except RuntimeError as error:
+            replays[name], methods[name] = eager, f"events, since capture raised {error}"
+            torch.cuda.synchronize(settings.device)
+        else:
+            replays[name], methods[name] = graph.replay, "graph"
+    return replays, methods
+
+
 def _gate(
     settings: Settings,
-    precision: str,
-    cell: Cell,
-    shape: Shape,
-    mode: str,
+    what: Timed,
     builtin: torch.nn.RNNBase,
     ours: torch.nn.RNNBase,
     schedules: Sequence[str],
     context: Context,
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Of the schedules: which the planner refuses, which are wrong, and which are right; with the reasons."""
-    short = Shape(min(shape.T, CHECKED_STEPS), shape.B, shape.I, shape.H)
-    inputs = make_inputs(cell, short, gates.PRECISIONS[precision].dtype, settings.device, settings.seed)
-    expected = call(builtin, inputs, mode)
-    truth = call(copy.deepcopy(builtin).double(), inputs.to(torch.float64), mode)
+    short = Shape(min(what.shape.T, CHECKED_STEPS), what.shape.B, what.shape.I, what.shape.H)
+    inputs = make_inputs(what.cell, short, what.bounds.dtype, settings.device, settings.seed)
+    expected = call(builtin, inputs, what.mode)
+    truth = call(copy.deepcopy(builtin).double(), inputs.to(torch.float64), what.mode)
     refused, faults, right = {}, {}, []
     for schedule in schedules:
-        if schedule in context.broken:
+        exchange = schedule.partition(":")[0]
+        if exchange in context.broken:
             faults[schedule] = "a launch has hung before"
             continue
         try:
-            results = _call(settings, schedule, ours, inputs, mode)
+            results = _call(settings, schedule, ours, inputs, what.mode)
             settle(settings.backend, settings.device)
         except RuntimeError as error:
             if "cannot run" in str(error):
@@ -141,36 +179,45 @@ def _gate(
                 continue
             faults[schedule] = f"raised {error}"
             if NEVER_CAME in str(error):
-                context.broken.add(schedule)
+                context.broken.add(exchange)
             continue
-        if wrong := faults_of(judge(results, expected, truth, gates.PRECISIONS[precision])):
+        if wrong := faults_of(judge(results, expected, truth, what.bounds)):
             faults[schedule] = wrong
         else:
             right.append(schedule)
     return refused, faults, right
 
 
-def _plans(
-    settings: Settings, precision: str, cell: Cell, shape: Shape, mode: str
-) -> dict[str, dict[str, list[int]]]:
+def _plans(settings: Settings, what: Timed) -> dict[str, list[str]]:
+    """By pass, the names of the plans, in the planner's order."""
     if settings.backend != "cuda":
         return {}
-    name = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[cell.name]
-    dtype, tf32 = gates.PRECISIONS[precision].dtype, precision == "tf32"
-    passes = ("forward",) if mode == "inference" else ("forward", "backward")
-    return {
-        which: library.plans(name, dtype, tf32, which == "backward", 1, shape.B, shape.H) for which in passes
-    }
+    passes = {"forward": False} | ({"backward": True} if what.mode == "training" else {})
+    return {name: [str(plan) for plan in what.plans(backward=backward)] for name, backward in passes.items()}
+
+
+def _checks(settings: Settings, calls: Iterator[Timed], run: Any) -> list[Check]:
+    return [
+        Check(
+            str(what),
+            partial(run, settings, what),
+            facts={
+                "precision": what.precision,
+                "cell": what.cell.name,
+                "shape": [what.shape.T, what.shape.B, what.shape.I, what.shape.H],
+                "mode": what.mode,
+            },
+        )
+        for what in calls
+    ]
 
 
 def speed_checks(settings: Settings) -> list[Check]:
-    return [
-        Check(
-            f"{precision} {cell.name} {shape} {mode}",
-            partial(check_speed, settings, precision, cell, shape, mode),
-        )
-        for precision, cell, shape, mode in speed_cases(settings.quick)
-    ]
+    return _checks(settings, timed_calls(settings.quick), check_speed)
+
+
+def plan_checks(settings: Settings) -> list[Check]:
+    return _checks(settings, swept_calls(), check_plans)
 
 
 def show_speed(records: Sequence[Record], console: Console) -> None:
@@ -193,9 +240,8 @@ def show_speed(records: Sequence[Record], console: Console) -> None:
 def _table(title: str, records: Sequence[Record]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     names = ("builtin", "planned", *PERSISTENT, "stepwise")
-    table.add_column("cell")
-    table.add_column("H")
-    table.add_column("B")
+    for name in ("cell", "H", "B"):
+        table.add_column(name)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for r in records:
@@ -209,8 +255,29 @@ def _cell(record: Record, name: str) -> str:
         return "[bold red]wrong[/]"
     if name not in record["microseconds_per_step"]:
         return ""
-    median = timing.spread(record["microseconds_per_step"][name]).median
+    median = _median(record, name)
     return f"{median:.2f}" if name == "builtin" else f"{median:.2f} ({record['ratios'][name]:.2f}×)"
 
 
-SPEED = Stage("timing", "Time against the built-in", 120, speed_checks, show_speed)
+def _median(record: Record, name: str) -> float:
+    return timing.spread(record["microseconds_per_step"][name]).median
+
+
+def show_plans(records: Sequence[Record], console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("call", "built-in", "first plan", "best plan", "all, in the planner's order"):
+        table.add_column(name)
+    for r in records:
+        if "ratios" not in r:
+            continue
+        names = [*r["ratios"]]
+        each = [f"{name} {_median(r, name):.2f}" for name in names]
+        best = min(names, key=partial(_median, r), default="")
+        first, least = (each[0], f"{best} {_median(r, best):.2f}") if names else ("", "")
+        table.add_row(r["check"], f"{_median(r, 'builtin'):.2f}", first, least, ", ".join(each))
+    console.print(table)
+    console.print("µs per step. A plan: slices, unit tiles, splits of K, batch tiles.")
+
+
+SPEED = Stage("timing", "Time against the built-in", 110, speed_checks, show_speed)
+PLANS = Stage("plans", "Time of every plan", 25, plan_checks, show_plans, needs_gpu=True)

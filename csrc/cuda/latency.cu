@@ -277,14 +277,14 @@ struct Measurement {
 
 std::vector<Measurement> measurements() {
   constexpr int kRounds = 4096;
-  constexpr int64_t kReadBytes = kUnroll * kThreads * int64_t{sizeof(Vector16)}, kSmall = 1 << 10;
+  constexpr int64_t kReadBytes = kUnroll * kThreads * int64_t{sizeof(Vector16)};
   const GpuDevice device = limits_of_current_device();
   // As much shared memory as a block can have: no two of them share a multiprocessor.
   const auto spread = [&](int64_t blocks, int threads, bool cooperative) {
     return LaunchShape{blocks, threads, device.shared_bytes, 1, cooperative};
   };
-  const auto cluster = [](int blocks, int threads, int64_t bytes) {
-    return LaunchShape{blocks, threads, bytes, blocks, false};
+  const auto cluster = [&](int blocks, int threads) {
+    return LaunchShape{blocks, threads, device.shared_bytes, blocks, false};
   };
   std::vector<Measurement> all{
       {"shared load", chase_shared, spread(1, kWarp, false), 4 * kRounds, 0, 1, 0},
@@ -313,14 +313,14 @@ std::vector<Measurement> measurements() {
     const auto gather = [&](const char* name, int count, bool rate) {
       const int64_t bytes = int64_t{count} * blocks * sizeof(Vector16);
       const int threads = std::min(kThreads, std::max(kWarp, count * blocks));
-      all.push_back({name + of, cluster_gather, cluster(blocks, threads, kLine + 2 * bytes), kRounds, count,
-                     rate ? 0.0 : 1.0, rate ? static_cast<double>(bytes) : 0.0});
+      all.push_back({name + of, cluster_gather, cluster(blocks, threads), kRounds, count, rate ? 0.0 : 1.0,
+                     rate ? static_cast<double>(bytes) : 0.0});
     };
-    all.push_back({"remote load" + of, chase_remote, cluster(blocks, kWarp, kSmall), 2 * kRounds, 0, 1, 0});
-    all.push_back({"remote store, 2 blocks in turn" + of, cluster_ping_pong, cluster(blocks, kWarp, kSmall),
-                   kRounds, 0, 1, 0});
-    all.push_back({"sync_cluster, 8 warps" + of, cluster_barriers, cluster(blocks, kThreads, kSmall), kRounds,
-                   0, 1, 0});
+    all.push_back({"remote load" + of, chase_remote, cluster(blocks, kWarp), 2 * kRounds, 0, 1, 0});
+    all.push_back(
+        {"remote store, 2 blocks in turn" + of, cluster_ping_pong, cluster(blocks, kWarp), kRounds, 0, 1, 0});
+    all.push_back(
+        {"sync_cluster, 8 warps" + of, cluster_barriers, cluster(blocks, kThreads), kRounds, 0, 1, 0});
     gather("exchange of 16 B from each", 1, false);
     gather("exchange of 16 KiB", 1024 / blocks, false);
     gather("exchange rate at 64 KiB", 4096 / blocks, true);
