@@ -156,9 +156,6 @@ def _standing() -> tuple[dict[str, str], str | None]:
     return backend.reasons(), backend.forced()
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
-# backends it was compiled with.
-_standing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
@@ -167,6 +164,10 @@ def _capability(x: Tensor) -> tuple[int, int]:
 
 
 def _transformed() -> bool:
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
+# backends that could serve where it was compiled, and the compiler itself compiles again for other transforms.
+for _constant in (_standing, _transformed):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
