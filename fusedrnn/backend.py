@@ -18,7 +18,7 @@ class BackendStatus:
     """Whether a backend can be used in this process.
 
     Attributes:
-        name: one of ``cuda``, ``cpu``, ``emulator``, ``torch``, ``reference``.
+        name: one of ``cuda``, ``triton``, ``cpu``, ``emulator``, ``torch``, ``reference``.
         available: True if it serves at least one kind of problem here.
         reason: why it is not available; empty if it is.
     """
@@ -31,9 +31,10 @@ class BackendStatus:
 def backends() -> dict[str, BackendStatus]:
     """Returns the status of every backend, by name.
 
-    ``cuda`` and ``cpu`` are this package's kernels, ``torch`` is the built-in that ``torch.nn`` uses, and
-    ``reference`` is a differentiable loop of torch operations. ``emulator`` runs the CUDA kernels on the CPU,
-    slowly and for tests: it serves only where it is forced.
+    ``cuda``, ``triton`` and ``cpu`` are this package's kernels, ``torch`` is the built-in that ``torch.nn``
+    uses, and ``reference`` is a differentiable loop of torch operations. Slowly, for tests, and only where
+    they are forced, two more serve CPU tensors: ``emulator`` runs the CUDA kernels there, and ``triton`` its
+    own with ``TRITON_INTERPRET=1``.
     """
     return {name: BackendStatus(name, not reason, reason) for name, reason in reasons().items()}
 
@@ -43,6 +44,7 @@ def reasons() -> dict[str, str]:
     """For every backend, why it is not available; empty if it is."""
     return {
         "cuda": libraries.cuda_reason(),
+        "triton": libraries.triton_reason(),
         "cpu": libraries.cpu_reason(),
         "emulator": libraries.emulator_reason(),
         "torch": "",

@@ -1,13 +1,15 @@
 """The cell registry: what every backend and every test enumerates.
 
 A cell is the maths of one step. ``step`` is its differentiable torch form, used by the reference backend; the
-C++ form of the same cell is in ``csrc/cells``. Gate order and equations are those of ``torch.nn``.
+C++ form of the same cell is in ``csrc/cells``, its Triton form in ``triton/cells.py``. Gate order and
+equations are those of ``torch.nn``. :func:`register_cell` adds a cell that has no C++ form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,10 @@ class Cell:
         saved: values per unit and step that the C++ forward keeps for its backward.
         step: ``(gx [..., G, H], gh [..., G, H], state) -> state``.
         reads_h: whether ``step`` reads ``h`` itself, not only through gh; such a cell cannot project it.
-        builtin: the name of torch's own kernel, ``torch._VF.<builtin>``.
+        shares_gates: whether the gradients of ``gx`` and ``gh`` are the same: a cell of ``gx + gh`` alone.
+        builtin: the name of torch's own kernel, ``torch._VF.<builtin>``; empty if it has none.
+        compiled: whether it has a C++ form.
+        triton: its Triton functions ``(forward, backward)``, if they are not in ``triton/cells.py``.
     """
 
     name: str
@@ -37,7 +42,18 @@ class Cell:
     saved: int
     step: Callable[[Tensor, Tensor, State], State]
     reads_h: bool
-    builtin: str
+    shares_gates: bool
+    builtin: str = ""
+    compiled: bool = False
+    triton: tuple[Any, Any] | None = None
+
+    def triton_functions(self) -> tuple[Any, Any] | None:
+        """The Triton functions ``(forward, backward)``, or None if there are none."""
+        if self.triton is None and self.compiled:
+            from .triton import cells
+
+            return getattr(cells, f"{self.name}_forward"), getattr(cells, f"{self.name}_backward")
+        return self.triton
 
 
 def _lstm(gx: Tensor, gh: Tensor, state: State) -> State:
@@ -61,13 +77,17 @@ def _rnn_relu(gx: Tensor, gh: Tensor, state: State) -> State:
     return ((gx + gh).squeeze(-2).relu(),)
 
 
+def _builtin(name: str, number: int, **fields: Any) -> Cell:
+    return Cell(name, number, builtin=name, compiled=True, **fields)
+
+
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("lstm", 0, gates=4, states=2, saved=4, step=_lstm, reads_h=False, builtin="lstm"),
-        Cell("gru", 1, gates=3, states=1, saved=4, step=_gru, reads_h=True, builtin="gru"),
-        Cell("rnn_tanh", 2, gates=1, states=1, saved=0, step=_rnn_tanh, reads_h=False, builtin="rnn_tanh"),
-        Cell("rnn_relu", 3, gates=1, states=1, saved=0, step=_rnn_relu, reads_h=False, builtin="rnn_relu"),
+        _builtin("lstm", 0, gates=4, states=2, saved=4, step=_lstm, reads_h=False, shares_gates=True),
+        _builtin("gru", 1, gates=3, states=1, saved=4, step=_gru, reads_h=True, shares_gates=False),
+        _builtin("rnn_tanh", 2, gates=1, states=1, saved=0, step=_rnn_tanh, reads_h=False, shares_gates=True),
+        _builtin("rnn_relu", 3, gates=1, states=1, saved=0, step=_rnn_relu, reads_h=False, shares_gates=True),
     )
 }
 CELL_BY_ID: dict[int, Cell] = {cell.id: cell for cell in CELLS.values()}
@@ -83,6 +103,41 @@ def get_cell(name: str) -> Cell:
         return CELLS[name]
     except KeyError:
         raise ValueError(f"unknown cell {name!r}; registered: {', '.join(CELLS)}") from None
+
+
+def register_cell(
+    name: str,
+    step: Callable[[Tensor, Tensor, State], State],
+    *,
+    gates: int,
+    states: int = 1,
+    reads_h: bool = True,
+    shares_gates: bool = False,
+    triton: tuple[Any, Any] | None = None,
+) -> Cell:
+    """Adds a cell, for :func:`fusedrnn.functional.sequence` and :class:`fusedrnn.Layer`.
+
+    Args:
+        name: what the cell is called by.
+        step: one step in differentiable torch operations, ``(gx [..., G, H], gh [..., G, H], state) ->
+            state``: the reference backend, on any device and differentiable any number of times.
+        gates: G, rows of gates in the weights, in units of H.
+        states: S, tensors carried from step to step; the first is ``h``.
+        reads_h: whether ``step`` reads ``state[0]`` itself, not only through ``gh``.
+        shares_gates: whether ``step`` reads nothing but the sum ``gx + gh``.
+        triton: the functions ``(forward, backward)`` of the same step for the triton backend: see
+            docs/writing_a_cell.md. None: only the reference backend has the cell.
+
+    Raises:
+        ValueError: the name is taken, or there are no gates or states.
+    """
+    if name in CELLS:
+        raise ValueError(f"a cell {name!r} is registered already")
+    if gates < 1 or states < 1:
+        raise ValueError(f"a cell needs at least one gate and one state, got {gates} and {states}")
+    cell = Cell(name, len(CELLS), gates, states, gates, step, reads_h, shares_gates, triton=triton)
+    CELLS[name] = CELL_BY_ID[cell.id] = cell
+    return cell
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

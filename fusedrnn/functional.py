@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autocast, backend, builtin, ops, reference
+from . import autocast, backend, builtin, env, ops, reference
 from .cells import Cell, get_cell
 from .checks import check
 from .plan import KERNELS, Plan, Problem, make_plan
@@ -147,6 +147,7 @@ def _plan(
         transformed=_transformed(),
         compiling=torch.compiler.is_compiling(),
         capability=_capability(x) if x.is_cuda else None,
+        interpreted=env.interpreted(),
     )
     return make_plan(problem, *_standing())
 
@@ -154,8 +155,6 @@ def _plan(
 def _standing() -> tuple[dict[str, str], str | None]:
     """What is available and what is forced."""
     return backend.reasons(), backend.forced()
-
-
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
@@ -169,5 +168,5 @@ def _transformed() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
 # backends that could serve where it was compiled, and the compiler itself compiles again for other transforms.
-for _constant in (_standing, _transformed):
+for _constant in (_standing, _transformed, env.interpreted):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

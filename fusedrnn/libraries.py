@@ -1,4 +1,4 @@
-"""Loads the compiled libraries once and remembers why one could not be loaded."""
+"""Loads the compiled libraries and the Triton kernels once and remembers why that failed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from . import env
 
 _FOLDER = Path(__file__).parent / "lib"
 _EMULATOR = "libfusedrnn_emulator.so"
@@ -33,6 +35,33 @@ def emulator_reason() -> str:
     if not (_FOLDER / _EMULATOR).exists():
         return f"{_EMULATOR} is built only with FUSEDRNN_EMULATOR=1, for tests"
     return _load(_EMULATOR)
+
+
+@cache
+def triton_reason() -> str:
+    """Why the Triton kernels cannot be used; empty if they can."""
+    if not env.interpreted() and not torch.cuda.is_available():
+        return f"torch finds no CUDA device, and {env.INTERPRET}=1 is not set"
+    try:
+        import triton
+
+        if env.interpreted():
+            import numpy as np
+    except ImportError as error:
+        return f"triton could not be imported: {error}"
+    version = _version(triton.__version__)
+    if version < (3, 6):
+        return f"it needs triton 3.6 or newer, this is {triton.__version__}"
+    if env.interpreted() and version < (3, 7) and _version(np.__version__) >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy older than 2.4"
+    if env.interpreted() != triton.knobs.runtime.interpret:
+        return f"{env.INTERPRET} was changed after triton had been imported"
+    return ""
+
+
+def _version(name: str) -> tuple[int, int]:
+    major, minor, *_ = name.split(".")
+    return int(major), int(minor)
 
 
 def _load(name: str) -> str:

@@ -3,7 +3,8 @@
 The compiled library defines the schemas (``csrc/ops``); this module adds what torch asks of an op in
 Python. ``fusedrnn::sequence`` is for inference and keeps nothing; ``fusedrnn::sequence_forward`` also
 returns what ``fusedrnn::sequence_backward`` needs. The backward op is differentiable itself, through the
-reference. ``fusedrnn_emulator`` has the same three ops, which run the CUDA kernels on CPU tensors.
+reference. ``fusedrnn_emulator`` has the same three ops, which run the CUDA kernels on CPU tensors, and so has
+``fusedrnn_triton``, which is defined in Python (``triton/ops.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, libraries, reference
+from . import autocast, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
 from .checks import check
+
+
+_NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
 
 
 def sequence(
@@ -36,7 +40,7 @@ def sequence(
     """Calls the op that fits: the one without autograd when no gradient can be asked for."""
     tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
-    op = torch.ops.fusedrnn_emulator if backend == "emulator" else torch.ops.fusedrnn
+    op = getattr(torch.ops, _NAMESPACES.get(backend, "fusedrnn"))
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for g in tensors for t in g)):
         y, final, _ = op.sequence_forward(*args)
     else:
@@ -55,9 +59,9 @@ def _register(namespace: str) -> None:
     for name in ("sequence", "sequence_forward"):
         for device in autocast.DEVICES:
             library.impl(name, _autocast_rule(getattr(ops, name), device), f"Autocast{device.upper()}")
-    emulated = namespace != "fusedrnn"
+    keeps_gates = namespace == "fusedrnn"  # where it serves the CPU
     torch.library.register_fake(f"{namespace}::sequence", _fake_sequence)
-    torch.library.register_fake(f"{namespace}::sequence_forward", partial(_fake_forward, emulated))
+    torch.library.register_fake(f"{namespace}::sequence_forward", partial(_fake_forward, keeps_gates))
     torch.library.register_fake(f"{namespace}::sequence_backward", _fake_backward)
     torch.library.register_autograd(
         f"{namespace}::sequence_forward", partial(_backward, ops), setup_context=_save
@@ -117,7 +121,7 @@ def _fake_sequence(
 
 
 def _fake_forward(
-    emulated: bool,
+    keeps_gates: bool,
     cell: int,
     x: Tensor,
     state: list[Tensor],
@@ -130,7 +134,7 @@ def _fake_forward(
     H = weight_hh[0].size(0) // spec.gates
     shape, dtype = (*x.shape[:-1], len(weight_hh)), compute_dtype(x.dtype)
     saved = [x.new_empty(*shape, H, dtype=dtype) for _ in range(spec.states - (0 if weight_hr else 1))]
-    if spec.saved and x.device.type == "cpu" and not emulated:  # the CUDA kernels compute the gates again
+    if spec.saved and x.device.type == "cpu" and keeps_gates:  # other kernels compute the gates again
         saved.append(x.new_empty(*shape, max(spec.gates, spec.saved), H, dtype=dtype))
     return y, final, saved
 
@@ -295,3 +299,8 @@ if not libraries.cpu_reason():
     _register("fusedrnn")
 if not libraries.emulator_reason():
     _register("fusedrnn_emulator")
+if not libraries.triton_reason():
+    from .triton import ops as triton_ops
+
+    _keep_alive.append(triton_ops.define(("cuda", "cpu") if env.interpreted() else ("cuda",)))
+    _register("fusedrnn_triton")

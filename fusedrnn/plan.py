@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-KERNELS = ("cuda", "cpu", "emulator")  # backends that are kernels of this package
+from .cells import CELLS
+
+KERNELS = ("cuda", "triton", "cpu", "emulator")  # backends that are kernels of this package
+_COMPILED = ("cuda", "cpu", "emulator")
 _CAPABILITY = (8, 0)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -16,7 +19,7 @@ class Problem(NamedTuple):
 
     ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``compiling``: traced by
     torch.compile or torch.export. ``capability``: a CUDA
-    device's compute capability.
+    device's compute capability. ``interpreted``: Triton's kernels run on the CPU.
     """
 
     cell: str
@@ -34,6 +37,7 @@ class Problem(NamedTuple):
     transformed: bool
     compiling: bool = False
     capability: tuple[int, int] | None = None
+    interpreted: bool = False
 
 
 class Plan(NamedTuple):
@@ -68,7 +72,7 @@ def make_plan(problem: Problem, available: dict[str, str], forced: str | None = 
 def cannot_serve(backend: str, problem: Problem) -> str:
     """Why the backend cannot serve the problem; empty if it can."""
     if backend in KERNELS:
-        device = "cpu" if backend == "emulator" else backend
+        device = _device_of(backend, problem)
         if problem.device != device:
             return f"it serves {device} tensors, these are on {problem.device}"
         if problem.capability is not None and problem.capability < _CAPABILITY:
@@ -81,7 +85,12 @@ def cannot_serve(backend: str, problem: Problem) -> str:
             return f"it has no kernel for {problem.dtype}"
         if problem.transformed:
             return "its ops have no rule for torch.func transforms and forward-mode differentiation"
+        cell = CELLS[problem.cell]
+        if not (cell.compiled if backend in _COMPILED else cell.compiled or cell.triton):
+            return f"it has no kernel for the cell {cell.name!r}"
     if backend == "torch":
+        if not CELLS[problem.cell].builtin:
+            return f"the built-in has no cell {problem.cell!r}"
         if problem.reverse not in ((False,), (False, True)):
             return "the built-in runs one forward recurrence, or one forward and one reverse"
         if problem.dtype not in _FLOATING:
@@ -89,12 +98,19 @@ def cannot_serve(backend: str, problem: Problem) -> str:
     return ""
 
 
+def _device_of(backend: str, problem: Problem) -> str:
+    """The type of device whose tensors the kernels of a backend take."""
+    if backend == "triton":
+        return "cpu" if problem.interpreted and problem.device == "cpu" else "cuda"
+    return "cpu" if backend == "emulator" else backend
+
+
 def _preference(problem: Problem) -> tuple[str, ...]:
     if problem.transformed:  # composed of operations that have every rule
         return ("reference",)
     if problem.device == "cpu":
         return ("torch", "cpu", "reference") if _builtin_is_faster(problem) else ("cpu", "torch", "reference")
-    return ("cuda", "torch", "reference")
+    return ("cuda", "triton", "torch", "reference")
 
 
 def _builtin_is_faster(problem: Problem) -> bool:

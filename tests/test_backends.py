@@ -32,12 +32,12 @@ PROBLEM = Problem(
     autocast=False,
     transformed=False,
 )
-ALL = dict.fromkeys(("cuda", "cpu", "emulator", "torch", "reference"), "")
+ALL = dict.fromkeys(("cuda", "triton", "cpu", "emulator", "torch", "reference"), "")
 
 
 def test_backends_are_listed_with_reasons():
     backends = fusedrnn.backends()
-    assert list(backends) == ["cuda", "cpu", "emulator", "torch", "reference"]
+    assert list(backends) == ["cuda", "triton", "cpu", "emulator", "torch", "reference"]
     for name, status in backends.items():
         assert status.name == name
         assert status.available == (not status.reason)
@@ -79,10 +79,23 @@ def test_without_the_library_the_builtin_serves():
     assert plan.rejected == {"cpu": "not built"}
 
 
-def test_other_devices_get_the_builtin():
-    plan = make_plan(PROBLEM._replace(device="cuda"), {**ALL, "cuda": "no kernels yet"})
-    assert plan.backend == "torch"
-    assert plan.rejected == {"cuda": "no kernels yet"}
+def test_without_the_cuda_library_triton_serves_and_without_both_the_builtin():
+    without_cuda = {**ALL, "cuda": "not built"}
+    plan = make_plan(PROBLEM._replace(device="cuda"), without_cuda)
+    assert plan == ("triton", {"cuda": "not built"})
+    plan = make_plan(PROBLEM._replace(device="cuda"), {**without_cuda, "triton": "not installed"})
+    assert plan == ("torch", {"cuda": "not built", "triton": "not installed"})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_interpreted_triton_serves_cpu_tensors_where_it_is_forced(device):
+    problem = PROBLEM._replace(device=device, interpreted=True)
+    assert make_plan(PROBLEM, ALL).backend == "cpu"
+    if device != "meta":
+        assert make_plan(problem, ALL, "triton").backend == "triton"
+    for refused in (problem._replace(device="meta"), problem._replace(device="cpu", interpreted=False)):
+        with pytest.raises(RuntimeError, match="it serves cuda tensors, these are on"):
+            make_plan(refused, ALL, "triton")
 
 
 def test_cuda_kernels_serve_cuda_tensors():
@@ -150,7 +163,7 @@ def test_use_backend_nests_and_ends():
 
 
 def test_use_backend_refuses_unknown_names():
-    message = "'cudnn' is not a backend; choose from cuda, cpu, emulator, torch, reference"
+    message = "'cudnn' is not a backend; choose from cuda, triton, cpu, emulator, torch, reference"
     with pytest.raises(ValueError, match=message), fusedrnn.use_backend("cudnn"):
         pass
 

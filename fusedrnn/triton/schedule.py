@@ -1,0 +1,137 @@
+"""Which schedule runs a pass: what FUSEDRNN_SCHEDULE demands, what was fastest, or the planner's choice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import env
+from .call import Call
+from .plan import Device, Plan, Problem, persistent_plans, plans
+
+_INTERPRETED = Device(multiprocessors=132, shared_bytes=227 << 10)
+_DEMANDS = ("stepwise", "block", "grid")
+_TIMED_STEPS = 32
+_log = logging.getLogger(__name__)
+
+# What was timed best, by device and problem: kept for the life of the process.
+_best: dict[tuple, Plan | None] = {}
+
+
+def run(call: Call, backward: bool, run_by: Callable[[Plan | None, int], Any]) -> Any:
+    """Runs a pass by a schedule. ``run_by(plan, steps)`` runs its first steps; no plan stands for stepwise.
+
+    Raises:
+        RuntimeError: FUSEDRNN_SCHEDULE demands what cannot be.
+    """
+    candidates = _candidates(call, backward)
+    if len(candidates) > 1 and call.x.is_cuda:
+        key = (call.x.device, call.cell.name, call.dtype, call.tf32, call.packed, _problem(call, backward))
+        if key in _best:
+            candidates = [_best[key], *candidates]
+        elif not (
+            torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled()
+        ):  # timing waits for the device, and picks by chance between plans that round differently
+            _best[key] = _fastest(candidates, lambda plan: run_by(plan, min(call.T, _TIMED_STEPS)))
+            candidates = [_best[key], *candidates]
+    for plan in candidates[:-1]:
+        try:
+            return run_by(plan, call.T)
+        except triton.runtime.errors.OutOfResources as error:
+            _say_once(f"{describe(call, backward)}: {plan} does not fit this device ({error})")
+    return run_by(candidates[-1], call.T)
+
+
+def describe(call: Call, backward: bool) -> str:
+    return f"{call.cell.name} {'backward' if backward else 'forward'}"
+
+
+def _candidates(call: Call, backward: bool) -> list[Plan | None]:
+    demand = env.schedule()
+    if demand is not None and demand not in _DEMANDS:
+        raise RuntimeError(f"{env.SCHEDULE}={demand}: choose {', '.join(_DEMANDS[:-1])} or {_DEMANDS[-1]}")
+    if demand == "stepwise":
+        return [None]
+    if call.dtype == torch.float64:
+        why = "float64 runs step by step"
+    elif call.projected:
+        why = "a projection runs step by step"
+    else:
+        problem, device = _problem(call, backward), _device(call.x)
+        if demand is None:
+            # A single step does not repay loading the weights.
+            return plans(problem, device) if call.T > 1 else [None]
+        if found := [p for p in persistent_plans(problem, device) if p.exchange == demand]:
+            return [*found]
+        why = f"no such plan fits this device and hidden size {call.H}"
+    if demand is not None:
+        raise RuntimeError(f"{env.SCHEDULE}={demand} cannot run {describe(call, backward)}: {why}")
+    return [None]
+
+
+def _problem(call: Call, backward: bool) -> Problem:
+    tensor_cores = call.dtype != torch.float32 or call.tf32
+    return Problem(backward, call.G, call.x.element_size(), tensor_cores, call.N, call.B, call.H)
+
+
+def _device(x: Tensor) -> Device:
+    return _limits(x.device.index) if x.is_cuda else _INTERPRETED
+
+
+@cache
+def _limits(index: int) -> Device:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Device(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def _fastest(candidates: list[Plan | None], run_by: Callable[[Plan | None], Any]) -> Plan | None:
+    times = {}
+    for plan in candidates:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            run_by(plan)  # compiles
+            start.record()
+            for _ in range(3):
+                run_by(plan)
+            end.record()
+        except triton.runtime.errors.OutOfResources:
+            continue
+        end.synchronize()
+        times[plan] = start.elapsed_time(end)
+    return min(times, key=lambda plan: times[plan]) if times else None
+
+
+@cache
+def _say_once(line: str) -> None:
+    _log.warning(line)
+
+
+# What a persistent kernel writes if its patience ends, and the launch that may have written it.
+_status: dict[torch.device, Tensor] = {}
+_launched: dict[torch.device, str] = {}
+
+
+def status_of(call: Call, backward: bool, plan: Plan) -> Tensor:
+    """The word of host memory for a launch: set if a program waited for one that never came."""
+    device = call.x.device
+    if device not in _status:
+        _status[device] = torch.zeros(1, dtype=torch.int32, pin_memory=call.x.is_cuda)
+    _launched[device] = f"{describe(call, backward)}, {plan}"
+    return _status[device]
+
+
+def check_earlier_launches(x: Tensor) -> None:
+    """Raises if a launch on the device of x failed that nobody was told of: they return before they end."""
+    status = _status.get(x.device)
+    if status is not None and status.item():
+        status.zero_()
+        raise RuntimeError(
+            f"a persistent kernel ({_launched[x.device]}) waited for a program that never came; the results "
+            f"of that call are void; set {env.SCHEDULE}=stepwise"
+        )
