@@ -69,7 +69,7 @@ def _register(namespace: str) -> None:
     torch.library.register_autograd(
         f"{namespace}::sequence_backward", _double_backward, setup_context=_save_backward
     )
-    torch.library.register_vmap(f"{namespace}::sequence_backward", partial(_each, ops.sequence_backward))
+    batching.register(library, "sequence_backward", ops.sequence_backward)
     _keep_alive.append(library)
 
 
@@ -270,25 +270,6 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         None,
         None,
     )
-
-
-def _each(op: Any, info: Any, in_dims: tuple, *args: Any) -> tuple:
-    """Gradients for many seeds at once, as ``torch.autograd.functional.jacobian(vectorize=True)`` asks: a loop."""
-
-    def select(value: Any, dim: Any, index: int) -> Any:
-        if isinstance(value, (list, tuple)):
-            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(value)
-            return [select(v, d, index) for v, d in zip(value, dims, strict=True)]
-        return value if dim is None else value.select(dim, index)
-
-    def stack(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], Tensor):
-            return torch.stack(values)
-        return [stack(group) for group in zip(*values, strict=True)]
-
-    results = [op(*map(partial(select, index=i), args, in_dims)) for i in range(info.batch_size)]
-    outputs = tuple(map(stack, zip(*results, strict=True)))
-    return outputs, tuple([0] * len(o) if isinstance(o, list) else 0 for o in outputs)
 
 
 def _alias(tensor: Tensor) -> Tensor:
