@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, env, libraries, reference
+from . import autocast, batching, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
 from .checks import check
 
