@@ -58,7 +58,7 @@ FUSEDRNN_DEVICE void finish(const Params& p, const Time& begin, uint32_t unused)
 }
 
 using Kernel = void (*)(Params);
-#define FUSEDRNN_MEASUREMENT(name) FUSEDRNN_KERNEL(kThreads) name(const __grid_constant__ Params p)
+#define FUSEDRNN_MEASUREMENT(name) FUSEDRNN_KERNEL(kThreads) name(FUSEDRNN_PARAMS Params p)
 
 // Loads whose address is what the load before them brought.
 

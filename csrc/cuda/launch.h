@@ -62,6 +62,10 @@ class LaunchConfig {
     if (shape.cluster > 1) {
       attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes_[config_.numAttrs++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+      // A multiprocessor each, however small the blocks are.
+      attributes_[config_.numAttrs].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+      attributes_[config_.numAttrs++].val.clusterSchedulingPolicyPreference =
+          cudaClusterSchedulingPolicySpread;
     }
     if (shape.cooperative) {
       attributes_[config_.numAttrs].id = cudaLaunchAttributeCooperative;
@@ -74,7 +78,7 @@ class LaunchConfig {
 
  private:
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute attributes_[2]{};
+  cudaLaunchAttribute attributes_[3]{};
 };
 
 template <class Params>

@@ -15,12 +15,6 @@
 
 #include "exchange.h"
 
-#if defined(__CUDACC__)
-#define FUSEDRNN_PARAMS const __grid_constant__
-#else
-#define FUSEDRNN_PARAMS const
-#endif
-
 namespace fusedrnn::cuda {
 
 // What the kernel itself needs; the parameters of a pass derive from it.

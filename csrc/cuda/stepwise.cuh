@@ -27,7 +27,7 @@ struct UploadParams {
 };
 
 FUSEDRNN_KERNEL(kStepThreads)
-upload_kernel(const UploadParams p) {
+upload_kernel(FUSEDRNN_PARAMS UploadParams p) {
   for (int i = thread_index(); i < p.count; i += threads_of_block()) p.to[i] = p.values[i];
 }
 
@@ -61,7 +61,7 @@ FUSEDRNN_DEVICE A bias_at(const void* bias, int64_t i) {
 
 template <class Cell, class E>
 FUSEDRNN_KERNEL(kStepThreads)
-step_forward(const StepParams<Forward, StepForward> p) {
+step_forward(FUSEDRNN_PARAMS StepParams<Forward, StepForward> p) {
   using A = typename AccumulatedIn<E>::Type;
   constexpr int G = Cell::kGates, S = Cell::kStates;
   const Forward& f = p.call;
@@ -100,7 +100,7 @@ step_forward(const StepParams<Forward, StepForward> p) {
 
 template <class Cell, class E>
 FUSEDRNN_KERNEL(kStepThreads)
-step_backward(const StepParams<Backward, StepBackward> p) {
+step_backward(FUSEDRNN_PARAMS StepParams<Backward, StepBackward> p) {
   using A = typename AccumulatedIn<E>::Type;
   constexpr int G = Cell::kGates, S = Cell::kStates;
   const Backward& f = p.call;
@@ -167,7 +167,7 @@ struct PreviousRowsParams {
 // One thread a value of [rows, N, P]; E is any type of the size of a value.
 template <class E>
 FUSEDRNN_KERNEL(kStepThreads)
-previous_rows_kernel(const PreviousRowsParams p) {
+previous_rows_kernel(FUSEDRNN_PARAMS PreviousRowsParams p) {
   if (element_index() >= p.rows * p.N * p.P) return;
   const int64_t unit = element_index() % p.P, local = element_index() / p.P % p.N, n = p.first + local;
   const int64_t row = element_index() / (p.P * p.N);

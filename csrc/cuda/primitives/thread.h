@@ -9,10 +9,12 @@
 #if defined(__CUDACC__)
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 #define FUSEDRNN_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define FUSEDRNN_PARAMS const __grid_constant__
 #else
 #include "../../emulator/runtime.h"
 #define FUSEDRNN_DEVICE inline
 #define FUSEDRNN_KERNEL(threads) void
+#define FUSEDRNN_PARAMS const
 #endif
 
 #include <cstdint>
