@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import compiler, functional
 from .functional import Weights
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -70,13 +70,13 @@ class _Layers(RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(1)}"
             )
         _check_batch_sizes(batch_sizes, x.size(0))
-        B = int(batch_sizes[0])
+        state = self._given_state(hx)
+        B = _packed_batch(packed, state)
         for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
             if indices is not None and indices.shape != (B,):
                 raise RuntimeError(
                     f"{name} must have shape ({B},), one entry per sequence, got {tuple(indices.shape)}"
                 )
-        state = self._given_state(hx)
         if state is None:
             self._refuse(packed, hx)
         for i, (s, shape) in enumerate(zip(state, self._state_shapes(B), strict=False)):
@@ -161,6 +161,9 @@ class _Layers(RNNBase):
         with torch.no_grad():
             super().forward(input, hx)
         _refuse(self, input, hx)
+
+
+compiler.accept(_Layers)
 
 
 class LSTM(_Layers, torch.nn.LSTM):
@@ -330,6 +333,18 @@ def _alike(x: Tensor, weight: Tensor, state: list[Tensor]) -> bool:
         return True
     dtypes = [t.dtype for t in (x, weight, *state)]
     return torch.is_autocast_enabled(device.type) and all(d in _AUTOCAST_MIXES for d in dtypes)
+
+
+def _packed_batch(packed: PackedSequence, state: list[Tensor] | None) -> int:
+    """B: the sequences alive at the first step."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a size that the tracer knows, where there is one; the op compares the two
+        if packed.sorted_indices is not None:
+            return packed.sorted_indices.size(0)
+        if state:
+            return state[0].size(1)
+    return int(packed.batch_sizes[0])
 
 
 def _check_batch_sizes(batch_sizes: Any, rows: int) -> None:
