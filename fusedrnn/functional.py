@@ -168,5 +168,6 @@ def _transformed() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
 # backends that could serve where it was compiled, and the compiler itself compiles again for other transforms.
-for _constant in (_standing, _transformed, env.interpreted):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constants: tuple[Any, ...] = (_standing, _transformed, env.interpreted)
+for _constant in _constants:
+    _constant._dynamo_marked_constant = True
