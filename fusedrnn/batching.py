@@ -51,7 +51,10 @@ def _one_by_one(op: Any, size: int, args: Any, in_dims: Any) -> Any:
 
 
 def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Applies ``function`` to the leaves of nested lists and tuples; None in the place of one stands for all."""
+    """Applies ``function`` to the leaves of nested lists and tuples.
+
+    Of ``others``, None may stand where ``tree`` has a list.
+    """
     if not isinstance(tree, (list, tuple)):
         return function(tree, *others)
     others = tuple([None] * len(tree) if other is None else other for other in others)

@@ -1,9 +1,9 @@
 """Lets torch.compile trace our modules, which are instances of ``torch.nn.LSTM``, ``GRU`` and ``RNN``.
 
-The compiler refuses every such instance, because it would unroll the built-in's loop over time, unless the user
-sets ``torch._dynamo.config.allow_rnn``. Ours are one op per layer and need no protection. So that nobody has to
-set anything, the refusal is lifted while the compiler looks at one of ours, and only then: it goes on to refuse
-the built-in. The compiler is imported by its first use, not by us.
+The compiler refuses every such instance, because it would unroll the built-in's loop over time, unless the
+user sets ``torch._dynamo.config.allow_rnn``. Ours are one op per layer and need no protection. So that nobody
+has to set anything, the refusal is lifted while the compiler looks at one of ours, and only then: it goes on
+to refuse the built-in. The compiler is imported by its first use, not by us.
 """
 
 from __future__ import annotations
