@@ -167,7 +167,7 @@ def _transformed() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
-# backends that could serve where it was compiled, and the compiler itself compiles again for other transforms.
+# backends that could serve where it was compiled; the compiler itself compiles again for other transforms.
 _constants: tuple[Any, ...] = (_standing, _transformed, env.interpreted)
 for _constant in _constants:
     _constant._dynamo_marked_constant = True
