@@ -18,7 +18,8 @@ class Problem(NamedTuple):
     """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection).
 
     ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``compiling``: traced
-    by torch.compile or torch.export. ``capability``: a CUDA device's compute capability. ``interpreted``: Triton's kernels run on the CPU.
+    by torch.compile or torch.export. ``capability``: a CUDA device's compute capability. ``interpreted``:
+    Triton's kernels run on the CPU.
     """
 
     cell: str
