@@ -32,6 +32,7 @@ def check(
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
     """
+    bias_ih, bias_hh, weight_hr = given(bias_ih), given(bias_hh), given(weight_hr)
     N = len(reverse)
     packed = batch_sizes is not None
     _require(x.dim() == (2 if packed else 3), f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
@@ -72,6 +73,11 @@ def check(
             _require(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
     if batch_sizes is not None:
         _check_batch_sizes(batch_sizes, x, B)
+
+
+def given(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The weights, or none where vectors of no elements stand for them: see ``ops.sequence``."""
+    return [] if all(w.dim() == 1 and w.size(0) == 0 for w in weights) else weights
 
 
 def _check_batch_sizes(batch_sizes: Tensor, x: Tensor, B: int) -> None:

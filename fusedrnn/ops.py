@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import autocast, batching, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
-from .checks import check
+from .checks import check, given
 
 
 _NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
@@ -38,6 +38,10 @@ def sequence(
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Calls the op that fits: the one without autograd when no gradient can be asked for."""
+    if torch.compiler.is_exporting() and backend != "triton":
+        # AOTInductor cannot pass an empty list to an op. Vectors of no elements stand for absent weights.
+        absent = [x.new_empty(0)] * len(reverse)
+        bias_ih, bias_hh, weight_hr = bias_ih or absent, bias_hh or absent, weight_hr or absent
     tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
     op = getattr(torch.ops, _NAMESPACES.get(backend, "fusedrnn"))
@@ -130,7 +134,7 @@ def _fake_forward(
     *rest: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     y, final = _fake_sequence(cell, x, state, weight_ih, weight_hh, *rest)
-    spec, weight_hr = CELL_BY_ID[cell], rest[2]
+    spec, weight_hr = CELL_BY_ID[cell], given(rest[2])
     H = weight_hh[0].size(0) // spec.gates
     shape, dtype = (*x.shape[:-1], len(weight_hh)), compute_dtype(x.dtype)
     saved = [x.new_empty(*shape, H, dtype=dtype) for _ in range(spec.states - (0 if weight_hr else 1))]
@@ -169,6 +173,8 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     cell, x, *groups, reverse, batch_sizes, tf32 = inputs
     y, _, saved = output
+    ctx.arguments = [len(group) for group in groups]
+    groups = [given(group) for group in groups]
     ctx.cell, ctx.reverse, ctx.tf32 = cell, reverse, tf32
     ctx.lengths = [len(group) for group in (*groups, saved)]
     ctx.save_for_backward(x, batch_sizes, y, *(t for group in (*groups, saved) for t in group))
@@ -182,7 +188,7 @@ def _backward(ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None]
     _, need_dx, need_dstate, *need_weights, _, _, _ = ctx.needs_input_grad
     need_dweights = any(any(need) for need in need_weights)
     if dy is None and all(d is None for d in dfinal):
-        return (None, None, *([None] * n if n else [] for n in ctx.lengths[:-1]), None, None, None)
+        return (None, None, *([None] * n if n else [] for n in ctx.arguments), None, None, None)
     dx, dstate, *dweights = ops.sequence_backward(
         ctx.cell,
         x,

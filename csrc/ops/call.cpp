@@ -42,6 +42,13 @@ void check_tensor(const Call& call, const char* name, const Tensor& t, std::init
   STD_TORCH_CHECK(beside_x(call, t), name, " and x are on different devices");
 }
 
+// AOTInductor cannot pass an empty list to an op: vectors of no elements stand for weights that are not there.
+Tensors given(Tensors weights) {
+  const auto absent = [](const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; };
+  if (std::all_of(weights.begin(), weights.end(), absent)) weights.clear();
+  return weights;
+}
+
 std::vector<int64_t> offsets_from(const Tensor& batch_sizes, int64_t B, int64_t rows) {
   STD_TORCH_CHECK(batch_sizes.is_cpu(), "batch_sizes must be on the CPU");
   STD_TORCH_CHECK(batch_sizes.scalar_type() == ScalarType::Long, "batch_sizes must be int64");
@@ -72,6 +79,7 @@ Tensor Call::shaped_as_x(const Tensor& t, std::initializer_list<int64_t> tail) c
 Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
            Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
            const std::optional<Tensor>& batch_sizes, bool tf32) {
+  for (Tensors* weights : {&bias_ih, &bias_hh, &weight_hr}) *weights = given(*weights);
   STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kCells)), "no cell has number ", cell);
   Call call{.id = static_cast<CellId>(cell),
             .cell = kCells[cell],
