@@ -18,7 +18,7 @@ std::vector<std::string> expired;
 
 namespace {
 
-constexpr int kResidentClusters = 4;  // of a launch that needs no more at once
+constexpr int kResidentClusters = kRaceChecked ? 2 : 4;  // of a launch that needs no more at once
 constexpr int64_t kGuardBytes = 1024;
 constexpr char kUnwritten = '\xff';  // a NaN in every format
 constexpr char kGuard = '\xa5';
@@ -131,6 +131,7 @@ void Launch::begin(Cluster& cluster, int64_t index) {
     for (int rest = shape_.threads; rest > 0; rest -= kWarp)
       block.warps.push_back({.barrier = {.members = std::min(kWarp, rest)}, .product = {}});
     block.mbarriers.clear();
+    block.impatient = false;
   }
   race::release(&cluster.begin);
   for (Thread* thread : cluster.threads) {
@@ -256,7 +257,7 @@ bool Launch::wait_until(Queue& queue, const Wait& wait, const std::function<bool
   Thread& self = *current;
   give_way();
   while (!done()) {
-    if (impatient_ && random(32) == 0) return false;
+    if (impatient_ && loses_patience(queue)) return false;
     self.wait = wait;
     this->wait(queue);
     self.wait.operation = nullptr;
@@ -265,8 +266,19 @@ bool Launch::wait_until(Queue& queue, const Wait& wait, const std::function<bool
   return true;
 }
 
-void Launch::arrive(Barrier& barrier, const char* operation, const Site& site) {
-  const Mode mode = visit(operation, site);
+bool Launch::loses_patience(Queue& queue) {
+  Block& block = *current->block;
+  if (random(64) == 0) {
+    block.impatient = true;
+    wake(queue);
+  }
+  return block.impatient || random(32) == 0;
+}
+
+void Launch::arrive(Barrier& barrier, const char* operation, const Site& site, Orders orders) {
+  const Mode mode = orders == Orders::kMemory   ? visit(operation, site)
+                    : left_out(operation, site) ? Mode::kLeftOut
+                                                : Mode::kWeakened;
   if (mode == Mode::kLeftOut) return;
   if (barrier.ended)
     fail(name(operation, site), ", which ", barrier.ended, " of ", barrier.members,
@@ -313,6 +325,18 @@ void Launch::deliver_one() {
   const RemoteStore store = stores_.back();
   stores_.pop_back();
   deliver(store);
+}
+
+void Launch::deliver_all_to(const Block& block) {
+  for (size_t i = 0; i < stores_.size();)
+    if (stores_[i].block == &block) {
+      const RemoteStore store = stores_[i];
+      stores_[i] = stores_.back();
+      stores_.pop_back();
+      deliver(store);
+    } else {
+      ++i;
+    }
 }
 
 void Launch::deliver(const RemoteStore& store) {

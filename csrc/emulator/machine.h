@@ -34,6 +34,8 @@ struct Cluster;
 struct Mbarrier;
 struct Thread;
 
+enum class Orders { kMemory, kNothing };  // what a barrier does beside holding up threads
+
 // Threads that wait, linked through themselves.
 class Queue {
  public:
@@ -86,6 +88,7 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::forward_list<Mbarrier> mbarriers;
+  bool impatient = false;  // none of its threads waits any longer
 
   bool ended() const { return barrier.ended == barrier.members; }
 };
@@ -156,8 +159,9 @@ class Launch {
   void give_way();          // it can go on at any time
   void wait(Queue& queue);  // it can go on once another has woken the queue
   bool wait_until(Queue& queue, const Wait& wait, const std::function<bool()>& done);  // false: given up
-  void arrive(Barrier& barrier, const char* operation, const Site& site);
+  void arrive(Barrier& barrier, const char* operation, const Site& site, Orders orders = Orders::kMemory);
   void store(const RemoteStore& store);
+  void deliver_all_to(const Block& block);
   void wake(Queue& queue);
   Queue& waiting_for(const uint32_t* flag) {
     return flag_queues_[reinterpret_cast<uintptr_t>(flag) / 4 % flag_queues_.size()];
@@ -172,6 +176,7 @@ class Launch {
   void switch_to(Thread* thread);
   uint64_t random(uint64_t below);
   void ready(Thread* thread) { ready_[thread->starved].push(thread); }
+  bool loses_patience(Queue& queue);
   void land_copy();
   void deliver_one();
   void deliver(const RemoteStore& store);

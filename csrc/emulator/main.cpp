@@ -1,15 +1,16 @@
-// emulate: runs a persistent kernel in the emulator, with a plan of the caller's choice, on random inputs in
-// guarded memory, under any number of schedules. Each run prints a line of JSON. The first is compared with
-// the reference, the others with the first, byte by byte. Exits with 0; with 1 at the first run that is
-// wrong, breaks a rule or gives up a wait; with 2 if it was called wrongly; with 66 at a race, if built for
+// emulate: runs a kernel in the emulator, with a plan of the caller's choice, on random inputs in guarded
+// memory, under any number of schedules. Each run prints a line of JSON. The first is compared with the
+// reference, the others with the first, byte by byte. Exits with 0; with 1 at the first run that is wrong,
+// breaks a rule or gives up a wait; with 2 if it was called wrongly; with 66 at a race, if built for
 // ThreadSanitizer.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "emulation.h"
+#include "faults.h"
 #include "fibers.h"
 #include "reference.h"
 #include "runtime.h"
@@ -44,6 +47,7 @@ class Arguments {
       i += valued;
     }
   }
+  bool has(const std::string& name) const { return values_.contains(name); }
   std::string text(const std::string& name, const std::string& otherwise) {
     const auto node = values_.extract(name);
     return node ? node.mapped() : otherwise;
@@ -72,81 +76,6 @@ class Arguments {
   std::map<std::string, std::string> values_;
 };
 
-// Numbers in memory as a kernel sees it: NaN until written, between guards that nobody may touch.
-class Buffer {
- public:
-  Buffer(Number number, int64_t count)
-      : number_(number), count_(count), memory_(2 * kGuard + bytes(), '\xff') {
-    forbid(memory_.data(), kGuard);
-    forbid(end(), kGuard);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  char* begin() { return memory_.data() + kGuard; }
-  char* end() { return begin() + bytes(); }
-  Values values() {
-    Values out;
-    for (int64_t i = 0; i < count_; ++i)
-      with(i, [&](auto& element) { out.push_back(device::widen(element)); });
-    return out;
-  }
-  void set(const Values& values) {
-    for (int64_t i = 0; i < count_; ++i)
-      with(i, [&]<class E>(E& element) { element = device::narrow<E>(static_cast<float>(values[i])); });
-  }
-  bool guards_hold() {
-    const auto hold = [](const char* guard) {
-      return std::all_of(guard, guard + kGuard, [](char c) { return c == '\xff'; });
-    };
-    return kBoundsChecked || (hold(memory_.data()) && hold(end()));
-  }
-
- private:
-  static constexpr int64_t kGuard = 1024;
-
-  int64_t bytes() const { return count_ * (number_ == Number::kFloat ? 4 : 2); }
-  template <class F>
-  void with(int64_t i, F f) {
-    if (number_ == Number::kBFloat16)
-      f(reinterpret_cast<device::BFloat16*>(begin())[i]);
-    else if (number_ == Number::kHalf)
-      f(reinterpret_cast<device::Half*>(begin())[i]);
-    else
-      f(reinterpret_cast<float*>(begin())[i]);
-  }
-
-  Number number_;
-  int64_t count_;
-  std::vector<char> memory_;
-};
-
-class Buffers {
- public:
-  // Memory of that name, made when it is first asked for.
-  void* add(const std::string& name, Number number, int64_t count) {
-    return buffers_.try_emplace(name, number, count).first->second.begin();
-  }
-  void* add(const std::string& name, Number number, const Values& values) {
-    const auto [found, made] = buffers_.try_emplace(name, number, std::ssize(values));
-    if (made) found->second.set(values);
-    return found->second.begin();
-  }
-  Values values(const std::string& name) { return buffers_.at(name).values(); }
-  std::string bytes() {
-    std::string out;
-    for (auto& [name, buffer] : buffers_) out.append(buffer.begin(), buffer.end());
-    return out;
-  }
-  void check_guards() {
-    for (auto& [name, buffer] : buffers_)
-      if (!buffer.guards_hold()) throw std::runtime_error("a store outside the bounds of " + name);
-  }
-
- private:
-  std::map<std::string, Buffer> buffers_;
-};
-
 Case random_case(Arguments& arguments) {
   Case c{};
   c.cell = arguments.choice<CellId>("cell", {{"lstm", CellId::kLstm},
@@ -157,7 +86,8 @@ Case random_case(Arguments& arguments) {
       arguments.choice<std::pair<Number, bool>>("dtype", {{"bf16", {Number::kBFloat16, false}},
                                                           {"fp16", {Number::kHalf, false}},
                                                           {"tf32", {Number::kFloat, true}},
-                                                          {"fp32", {Number::kFloat, false}}});
+                                                          {"fp32", {Number::kFloat, false}},
+                                                          {"fp64", {Number::kDouble, false}}});
   c.T = arguments.number("T", 4);
   c.B = arguments.number("B", 3);
   c.N = arguments.number("N", 1);
@@ -182,7 +112,7 @@ Case random_case(Arguments& arguments) {
   fill(c.weight, c.number, c.N * gates * c.H * c.H, 2 / std::sqrt(static_cast<double>(c.H)));
   fill(c.bias_ih, c.number, c.N * gates * c.H, 0.5);
   fill(c.bias_hh, c.number, c.N * gates * c.H, 0.5);
-  fill(c.gx, Number::kFloat, c.rows() * c.N * gates * c.H, 1.5);
+  fill(c.gx, c.accumulated(), c.rows() * c.N * gates * c.H, 1.5);
   fill(c.dy, c.number, c.rows() * c.N * c.H, 1);
   for (int s = 0; s < kMaxStates; ++s) {
     fill(c.state0[s], c.number, c.N * c.B * c.H, 1);
@@ -191,7 +121,9 @@ Case random_case(Arguments& arguments) {
   return c;
 }
 
-PersistentPlan plan_of(Arguments& arguments, const Case& c) {
+// None: the stepwise schedule.
+std::optional<PersistentPlan> plan_of(Arguments& arguments, const Case& c) {
+  if (!arguments.choice<bool>("schedule", {{"persistent", true}, {"stepwise", false}})) return {};
   PersistentPlan plan{};
   plan.exchange = arguments.choice<Exchange>(
       "exchange", {{"block", Exchange::kBlock}, {"cluster", Exchange::kCluster}, {"grid", Exchange::kGrid}});
@@ -208,114 +140,6 @@ PersistentPlan plan_of(Arguments& arguments, const Case& c) {
   return plan;
 }
 
-// One pass of one cell on one case.
-template <class Cell>
-class Emulation {
- public:
-  Emulation(Case c, const PersistentPlan& plan, bool backward)
-      : c_(std::move(c)),
-        plan_(plan),
-        pass_(cuda::pass_of(c_.cell, c_.number, c_.tf32, backward)),
-        backward_(backward) {
-    if (backward) record_forward<Cell>(c_);
-    const int64_t gates = Cell::kGates * c_.H;
-    const auto of = [&](const char* name, const Values& all, int64_t n, int64_t size) {
-      return in_.add(name + std::to_string(n), c_.number,
-                     {all.begin() + n * size, all.begin() + (n + 1) * size});
-    };
-    for (int64_t n = 0; n < c_.N; ++n)
-      weights_.push_back({of("weight_hh ", c_.weight, n, gates * c_.H), of("bias_ih ", c_.bias_ih, n, gates),
-                          of("bias_hh ", c_.bias_hh, n, gates), c_.reverse[n]});
-  }
-
-  // Returns what is wrong, or nothing. If waits are given up, the results mean nothing.
-  std::string run(Comparison& compare, bool impatient) {
-    Buffers out;
-    std::vector<char> workspace(cuda::workspace_bytes(plan_, pass_, c_.N, c_.B));
-    uint32_t status = 0;
-    if (backward_)
-      cuda::run(backward(out), plan_, workspace.data(), &status, nullptr);
-    else
-      cuda::run(forward(out), plan_, workspace.data(), &status, nullptr);
-    in_.check_guards();
-    out.check_guards();
-    if (impatient) return "";
-    if (status) return "a block waited for a peer that never came";
-    if (!first_.empty()) return out.bytes() == first_ ? "" : "the result is not that of the first run";
-    first_ = out.bytes();
-    if (backward_)
-      check_backward<Cell>(
-          c_, {out.values("dgx"), kApart ? out.values("dgh") : Values{}, states("dstate0 ", out)}, compare);
-    else
-      check_forward<Cell>(
-          c_, {out.values("y"), kStates > 1 ? out.values("kept") : Values{}, states("final_state ", out)},
-          compare);
-    return compare.worst();
-  }
-
- private:
-  static constexpr int kStates = Cell::kStates;
-  static constexpr bool kApart = !Cell::kSameGates;
-
-  std::array<Values, kMaxStates> states(const std::string& name, Buffers& out) {
-    std::array<Values, kMaxStates> values;
-    for (int s = 0; s < kStates; ++s) values[s] = out.values(name + std::to_string(s));
-    return values;
-  }
-
-  template <class Call>
-  Call common() {
-    Call call{};
-    call.cell = c_.cell;
-    call.number = c_.number;
-    call.tf32 = c_.tf32;
-    call.steps = {c_.T, c_.B, c_.packed ? c_.offsets.data() : nullptr};
-    call.N = c_.N;
-    call.H = c_.H;
-    call.weights = weights_.data();
-    call.gx = in_.add("gx", Number::kFloat, c_.gx);
-    for (int s = 0; s < kStates; ++s)
-      call.state0[s] = in_.add("state0 " + std::to_string(s), c_.number, c_.state0[s]);
-    return call;
-  }
-
-  cuda::Forward forward(Buffers& out) {
-    const int64_t all = c_.rows() * c_.N * c_.H;
-    auto call = common<cuda::Forward>();
-    call.y = out.add("y", c_.number, all);
-    if (kStates > 1) call.kept[1] = out.add("kept", Number::kFloat, all);
-    for (int s = 0; s < kStates; ++s)
-      call.final_state[s] = out.add("final_state " + std::to_string(s), c_.number, c_.N * c_.B * c_.H);
-    return call;
-  }
-
-  cuda::Backward backward(Buffers& out) {
-    const int64_t gates = c_.rows() * c_.N * c_.H * Cell::kGates;
-    auto call = common<cuda::Backward>();
-    if (kApart) call.gh = in_.add("gh", Number::kFloat, c_.gh);
-    if (Cell::kSaved == 0) call.gx = nullptr;
-    call.h_previous = in_.add("h_previous", c_.number, c_.h_previous);
-    call.y = in_.add("y", c_.number, c_.y);
-    if (kStates > 1) call.kept[1] = in_.add("kept", Number::kFloat, c_.kept);
-    call.dy = in_.add("dy", c_.number, c_.dy);
-    call.dgx = out.add("dgx", c_.number, gates);
-    if (kApart) call.dgh = out.add("dgh", c_.number, gates);
-    for (int s = 0; s < kStates; ++s) {
-      call.dfinal[s] = in_.add("dfinal " + std::to_string(s), c_.number, c_.dfinal[s]);
-      call.dstate0[s] = out.add("dstate0 " + std::to_string(s), c_.number, c_.N * c_.B * c_.H);
-    }
-    return call;
-  }
-
-  Case c_;
-  PersistentPlan plan_;
-  PersistentPass pass_;
-  bool backward_;
-  Buffers in_;
-  std::vector<cuda::Weights> weights_;
-  std::string first_;  // the outputs of the first run
-};
-
 std::string json(const std::string& text) {
   std::string out = "\"";
   for (const char c : text) {
@@ -325,10 +149,11 @@ std::string json(const std::string& text) {
   return out + '"';
 }
 
-std::string json(const std::vector<std::string>& texts) {
+template <class T, class F>
+std::string list(const std::vector<T>& items, F format) {
   std::string out;
-  for (const std::string& text : texts) out += (out.empty() ? "" : ", ") + json(text);
-  return '[' + out + ']';
+  for (const T& item : items) out += (out.empty() ? "" : ", ") + format(item);
+  return out;
 }
 
 const std::vector<std::pair<const char*, Order>> kOrders = {{"round_robin", Order::kRoundRobin},
@@ -349,6 +174,9 @@ Schedules schedules_of(Arguments& arguments) {
                       arguments.text("without", ""),
                       arguments.number("weakened", 0) != 0,
                       arguments.number("impatient", 0) != 0};
+  if (schedules.impatient && kRaceChecked)
+    throw std::invalid_argument(
+        "a wait that was given up orders nothing: --impatient is not for this program");
   const std::string order = arguments.text("order", "all");
   for (const auto& candidate : kOrders)
     if (order == "all" || order == candidate.first) schedules.orders.push_back(candidate);
@@ -356,62 +184,93 @@ Schedules schedules_of(Arguments& arguments) {
   return schedules;
 }
 
-// Whether all went well.
-template <class Cell>
-bool emulate(const Case& c, const PersistentPlan& plan, bool backward, const Schedules& schedules) {
-  Emulation<Cell> emulation(c, plan, backward);
-  Comparison compare(c.number);
+// Whether all runs went well.
+bool run_all(const Schedules& schedules, const Comparison& compare, const std::function<Outcome()>& run) {
   for (int seed = 0; seed < schedules.seeds; ++seed)
     for (const auto& [order_name, order] : schedules.orders) {
       configure(
           {static_cast<uint64_t>(seed), order, schedules.without, schedules.weakened, schedules.impatient});
-      std::string error;
+      Outcome outcome{};
       try {
-        error = emulation.run(compare, schedules.impatient);
+        outcome = run();
       } catch (const std::runtime_error& broken) {
-        error = broken.what();
+        outcome.error = broken.what();
       }
       const std::vector<std::string> expired = take_expired();
-      const bool ok = error.empty() && (expired.empty() || schedules.impatient);
+      if (outcome.given_up && !schedules.impatient)
+        outcome.error = "a block waited for a peer that never came";
+      const bool ok = outcome.error.empty() && (expired.empty() || schedules.impatient);
       std::printf("{\"ok\": %s, \"seed\": %d, \"order\": \"%s\", \"error\": %s, ", ok ? "true" : "false",
-                  seed, order_name, error.empty() ? "null" : json(error).c_str());
-      std::printf("\"max_error\": %.3g, \"expired\": %s}\n", std::min(compare.max_error(), 1e300),
-                  json(expired).c_str());
+                  seed, order_name, outcome.error.empty() ? "null" : json(outcome.error).c_str());
+      std::printf("\"max_error\": %.3g, \"given_up\": %s, \"expired\": [%s]}\n",
+                  std::min(compare.max_error(), 1e300), outcome.given_up ? "true" : "false",
+                  list(expired, json).c_str());
       std::fflush(stdout);  // before a sanitizer ends the process
       if (!ok) return false;
     }
   return true;
 }
 
+using Job = std::function<bool(const Schedules&)>;
+
+template <class Cell>
+Job job_of(const Case& c, const std::optional<PersistentPlan>& plan, bool backward) {
+  return [=](const Schedules& schedules) {
+    Emulation<Cell> emulation(c, plan, backward);
+    Comparison compare(c.number);
+    return run_all(schedules, compare, [&] { return emulation.run(compare); });
+  };
+}
+
+Job job_of(Arguments& arguments) {
+  if (arguments.has("fault")) {
+    const faults::Fault fault = arguments.choice("fault", faults::kFaults);
+    return [fault](const Schedules& schedules) {
+      return run_all(schedules, Comparison(Number::kFloat), [fault] { return run_faulty(fault); });
+    };
+  }
+  const Case c = random_case(arguments);
+  const std::optional<PersistentPlan> plan = plan_of(arguments, c);
+  const bool backward = arguments.choice<bool>("pass", {{"forward", false}, {"backward", true}});
+  switch (c.cell) {
+    case CellId::kLstm:
+      return job_of<Lstm>(c, plan, backward);
+    case CellId::kGru:
+      return job_of<Gru>(c, plan, backward);
+    case CellId::kRnnTanh:
+      return job_of<RnnTanh>(c, plan, backward);
+    case CellId::kRnnRelu:
+      return job_of<RnnRelu>(c, plan, backward);
+  }
+  return {};
+}
+
+// That what was to be left out, or weakened, is something that was run.
+void check_mutation(const Schedules& schedules) {
+  if (schedules.without.empty()) return;
+  for (const Operation& operation : sites()) {
+    if (operation.site != schedules.without) continue;
+    if (schedules.weakened && !operation.weakens)
+      throw std::invalid_argument(operation.name + " has no weaker form");
+    return;
+  }
+  throw std::invalid_argument("nothing that orders memory was run at " + schedules.without);
+}
+
 int main(int count, char** words) {
   Arguments arguments(count, words);
-  const Case c = random_case(arguments);
-  const PersistentPlan plan = plan_of(arguments, c);
-  const bool backward = arguments.choice<bool>("pass", {{"forward", false}, {"backward", true}});
+  const Job job = job_of(arguments);
   const Schedules schedules = schedules_of(arguments);
   const bool list_sites = arguments.number("list-sites", 0);
   arguments.check_all_used();
 
-  bool ok = false;
-  switch (c.cell) {
-    case CellId::kLstm:
-      ok = emulate<Lstm>(c, plan, backward, schedules);
-      break;
-    case CellId::kGru:
-      ok = emulate<Gru>(c, plan, backward, schedules);
-      break;
-    case CellId::kRnnTanh:
-      ok = emulate<RnnTanh>(c, plan, backward, schedules);
-      break;
-    case CellId::kRnnRelu:
-      ok = emulate<RnnRelu>(c, plan, backward, schedules);
-      break;
-  }
-  const auto is_without = [&](const std::string& site) { return site.starts_with(schedules.without + ' '); };
-  const std::vector<std::string> visited = sites();
-  if (!schedules.without.empty() && std::none_of(visited.begin(), visited.end(), is_without))
-    throw std::invalid_argument("nothing that orders memory was run at " + schedules.without);
-  if (list_sites) std::printf("{\"sites\": %s}\n", json(visited).c_str());
+  const bool ok = job(schedules);
+  check_mutation(schedules);
+  const auto described = [](const Operation& operation) {
+    return "{\"site\": " + json(operation.site) + ", \"operation\": " + json(operation.name) +
+           ", \"weakens\": " + (operation.weakens ? "true}" : "false}");
+  };
+  if (list_sites) std::printf("{\"sites\": [%s]}\n", list(sites(), described).c_str());
   return ok ? 0 : 1;
 }
 

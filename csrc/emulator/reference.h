@@ -52,6 +52,9 @@ struct Case {
   int64_t rows() const { return offsets.back(); }
   int64_t index(int64_t row, int64_t n) const { return (row * N + n) * H; }  // of [rows, N, H]
   int64_t initial(int64_t n, int64_t b) const { return (n * B + b) * H; }    // of [N, B, H]
+  cuda::Number accumulated() const {
+    return number == cuda::Number::kDouble ? cuda::Number::kDouble : cuda::Number::kFloat;
+  }
   double operand(double x) const {
     return tf32 ? device::round_tf32(static_cast<float>(x)) : rounded(number, x);
   }
@@ -72,7 +75,7 @@ struct ForwardResult {
   std::array<Values, kMaxStates> final_state;
 };
 struct BackwardResult {
-  Values dgx, dgh;
+  Values dgx, dgh, h_previous;
   std::array<Values, kMaxStates> dstate0;
 };
 
@@ -82,12 +85,14 @@ class Comparison {
   explicit Comparison(cuda::Number number)
       : unit_(number == cuda::Number::kBFloat16 ? 0x1p-8
               : number == cuda::Number::kHalf   ? 0x1p-11
-                                                : 0x1p-24) {}
+              : number == cuda::Number::kFloat  ? 0x1p-24
+                                                : 0x1p-53),
+        before_(number == cuda::Number::kDouble ? 1e-14 : 4e-6) {}
 
-  // Results are rounded once, by half a unit in the last place. Before that come sums in fp32, whose terms
-  // are up to about 1, and exponentials with a relative error of 1e-6.
+  // Results are rounded once, by half a unit in the last place. Before that come sums in fp32 (fp64), whose
+  // terms are up to about 1, and in fp32 exponentials with a relative error of 1e-6.
   void operator()(const char* what, int64_t index, double got, double want) {
-    const double tolerance = unit_ * std::abs(want) + 4e-6 * (1 + std::abs(want));
+    const double tolerance = unit_ * std::abs(want) + before_ * (1 + std::abs(want));
     const double error = std::isnan(got) ? INFINITY : std::abs(got - want) / tolerance;
     if (error <= max_error_) return;
     max_error_ = error;
@@ -99,11 +104,11 @@ class Comparison {
   const std::string& worst() const { return worst_; }  // empty: all is within the tolerance
 
  private:
-  double unit_, max_error_ = 0;
+  double unit_, before_, max_error_ = 0;
   std::string worst_;
 };
 
-// gh of one sequence: W_hh h, with the bias for cells that keep it apart from gx. [G, H]
+// W_hh h of one sequence. [G, H]
 template <class Cell>
 Values recurrent(const Case& c, int64_t n, const Values& h) {
   Values gh(Cell::kGates * c.H);
@@ -111,6 +116,15 @@ Values recurrent(const Case& c, int64_t n, const Values& h) {
     for (int64_t k = 0; k < c.H; ++k)
       gh[i] += c.operand(c.weight[(n * Cell::kGates * c.H + i) * c.H + k]) * c.operand(h[k]);
   return gh;
+}
+
+// W_hh^T dgh of one sequence: that of a unit. dgh: [G, H]
+template <class Cell>
+double recurrent_backward(const Case& c, int64_t n, int64_t unit, const double* dgh) {
+  double sum = 0;
+  for (int64_t k = 0; k < Cell::kGates * c.H; ++k)
+    sum += c.operand(c.weight[(n * Cell::kGates * c.H + k) * c.H + unit]) * c.operand(dgh[k]);
+  return sum;
 }
 
 // Gates of a unit, biases added: `gx` and `gh` are [G, H].
@@ -191,14 +205,14 @@ void record_forward(Case& c) {
           const int64_t at = c.index(row, n) + unit;
           c.h_previous[at] = h[unit];
           c.y[at] = next[unit] = rounded(c.number, states[unit][0]);
-          c.kept[at] = static_cast<float>(states[unit][Cell::kStates - 1]);
+          c.kept[at] = rounded(c.accumulated(), states[unit][Cell::kStates - 1]);
         }
         std::copy(gh.begin(), gh.end(), &c.gh[c.index(row, n) * Cell::kGates]);
         return next;
       });
   for (size_t i = 0; i < c.gh.size(); ++i) {
-    if (Cell::kSameGates) c.gx[i] = static_cast<float>(c.gx[i] + c.gh[i]);
-    c.gh[i] = Cell::kSameGates ? 0 : static_cast<float>(c.gh[i]);
+    if (Cell::kSameGates) c.gx[i] = rounded(c.accumulated(), c.gx[i] + c.gh[i]);
+    c.gh[i] = Cell::kSameGates ? 0 : rounded(c.accumulated(), c.gh[i]);
   }
 }
 
@@ -223,6 +237,7 @@ void check_backward(const Case& c, const BackwardResult& got, Comparison& compar
             state[1] = i > 0 ? c.kept[c.index(rows[i - 1], n) + unit] : c.state0[1][initial + unit];
             next[1] = c.kept[at + unit];
           }
+          compare("h_previous", at + unit, got.h_previous[at + unit], state[0]);
           dnext[0] += c.dy[at + unit];
           const Gates<Cell> gates(c, n, unit, &c.gx[at * kGates], &c.gh[at * kGates]);
           const auto d = Cell::backward(dnext, Cell::forward(gates.gx, gates.gh, state).saved, state, next);
@@ -234,9 +249,7 @@ void check_backward(const Case& c, const BackwardResult& got, Comparison& compar
           dstates[unit] = d.dstate;
         }
         for (int64_t unit = 0; unit < c.H; ++unit)
-          for (int64_t k = 0; k < kGates * c.H; ++k)
-            dstates[unit][0] +=
-                c.operand(c.weight[(n * kGates * c.H + k) * c.H + unit]) * c.operand(dgh[at * kGates + k]);
+          dstates[unit][0] += recurrent_backward<Cell>(c, n, unit, &dgh[at * kGates]);
       }
       for (int s = 0; s < kStates; ++s)
         for (int64_t unit = 0; unit < c.H; ++unit)

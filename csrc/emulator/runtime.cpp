@@ -54,6 +54,9 @@ int cluster_rank() { return current->block->rank; }
 void sync_block(Site site) { launched->arrive(current->block->barrier, "sync_block", site); }
 void sync_warp(Site site) { launched->arrive(current->warp().barrier, "sync_warp", site); }
 void sync_cluster(Site site) { launched->arrive(current->block->cluster->barrier, "sync_cluster", site); }
+void meet_cluster(Site site) {
+  launched->arrive(current->block->cluster->barrier, "meet_cluster", site, Orders::kNothing);
+}
 
 void copy_async(void* shared, const void* global) {
   check_own("copy_async", shared, 4);
@@ -66,7 +69,8 @@ void copy_async(void* shared, const void* global) {
 }
 
 void copy_async_wait(Site site) {
-  if (visit("copy_async_wait", site) == Mode::kLeftOut) return;
+  // Without a copy under way it does nothing, and leaving it out would change nothing.
+  if (!current->copies.empty() && left_out("copy_async_wait", site)) return;
   launched->give_way();
   for (const Copy& copy : current->copies) {
     race::reads(copy.source, 4, __builtin_return_address(0));
@@ -91,7 +95,7 @@ void mma(Format format, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 }
 
 void mbarrier_init(uint64_t* barrier, int arrivals, Site site) {
-  if (visit("mbarrier_init", site) == Mode::kLeftOut) return;
+  if (left_out("mbarrier_init", site)) return;
   check_own("mbarrier_init", barrier, 8);
   Block& block = *current->block;
   for (const Mbarrier& other : block.mbarriers)
@@ -103,19 +107,17 @@ void mbarrier_init(uint64_t* barrier, int arrivals, Site site) {
 }
 
 void fence_mbarrier_init(Site site) {
-  if (visit("fence_mbarrier_init", site) != Mode::kWhole) return;
+  if (left_out("fence_mbarrier_init", site)) return;
   for (Mbarrier& barrier : current->block->mbarriers) barrier.fenced |= barrier.creator == current;
   launched->give_way();
 }
 
 void mbarrier_expect(uint64_t* address, int bytes, Site site) {
-  const Mode mode = visit("mbarrier_expect", site);
-  if (mode == Mode::kLeftOut) return;
+  if (left_out("mbarrier_expect", site)) return;
   Mbarrier& barrier = find(*current->block, address, "mbarrier_expect", site);
   if (!barrier.pending) fail(name("mbarrier_expect", site), ": one arrival more than the phase has");
   if (bytes < 0 || bytes > kMaxPendingBytes - barrier.bytes)
     fail(name("mbarrier_expect", site), ": ", bytes, " bytes, with ", barrier.bytes, " to come already");
-  if (mode == Mode::kWhole) race::release(&barrier.edges[barrier.phase & 1]);
   barrier.bytes += bytes;
   --barrier.pending;
   advance(barrier);
@@ -151,6 +153,12 @@ void remote_store(void* mine, int rank, const uint32_t (&words)[4], uint64_t* ba
   launched->give_way();
 }
 
+void outlast_remote_stores(Site site) {
+  if (left_out("outlast_remote_stores", site)) return;
+  launched->deliver_all_to(*current->block);
+  launched->give_way();
+}
+
 void flag_set(uint32_t* flag, uint32_t value, Site site) {
   const Mode mode = visit("flag_set", site);
   if (mode == Mode::kLeftOut) return;
@@ -180,7 +188,7 @@ void launch(const Shape& shape, const std::function<void()>& kernel) {
   Launch(shape, options, kernel).run();
 }
 
-std::vector<std::string> sites() {
+std::vector<Operation> sites() {
   const std::lock_guard lock(mutex);
   return visited();
 }

@@ -30,6 +30,7 @@ int cluster_rank();
 void sync_block(Site site);
 void sync_warp(Site site);
 void sync_cluster(Site site);
+void meet_cluster(Site site);  // as sync_cluster, but orders nothing
 
 void copy_async(void* shared, const void* global);  // 4 bytes
 void copy_async_wait(Site site);
@@ -41,6 +42,7 @@ void fence_mbarrier_init(Site site);
 void mbarrier_expect(uint64_t* barrier, int bytes, Site site);
 bool mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site);  // false: nothing can ever end the wait
 void remote_store(void* mine, int rank, const uint32_t (&words)[4], uint64_t* barrier, Site site);
+void outlast_remote_stores(Site site);
 
 void flag_set(uint32_t* flag, uint32_t value, Site site);
 bool flag_wait(const uint32_t* flag, uint32_t value, Site site);
@@ -53,8 +55,8 @@ struct Options {
   uint64_t seed = 0;
   Order order = Order::kRoundRobin;
   std::string without;     // "file.h:line": the operation there does nothing
-  bool weakened = false;   // ... does everything but order memory
-  bool impatient = false;  // any wait that can be given up may be, as at the end of a thread's patience
+  bool weakened = false;   // ... does everything but order memory, if there is anything else
+  bool impatient = false;  // patience ends at any time: that of a thread, or of all threads of a block
 };
 void configure(const Options& options);
 
@@ -70,8 +72,14 @@ struct Shape {
 // all threads reach, a block that is gone when a peer stores to it, a store outside its guards, ...
 void launch(const Shape& shape, const std::function<void()>& kernel);
 
-// Every place where an ordering operation was run since the process began: "file.h:line operation".
-std::vector<std::string> sites();
+// An operation that orders memory, at a place in a kernel: "file.h:line".
+struct Operation {
+  std::string site, name;
+  bool weakens;  // it does something beside
+};
+
+// Those that were run since the process began.
+std::vector<Operation> sites();
 
 // Waits that were given up because nothing could end them, since the last call: one sentence each.
 std::vector<std::string> take_expired();
