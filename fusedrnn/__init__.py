@@ -1,6 +1,8 @@
 """Fused recurrent layers: a drop-in for ``torch.nn.LSTM``, ``GRU``, ``RNN`` and their cells."""
 
 from .backend import BackendStatus, backends, use_backend
+from .cells import register_cell
+from .layer import Layer
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
@@ -12,8 +14,10 @@ __all__ = [
     "BackendStatus",
     "GRUCell",
     "LSTMCell",
+    "Layer",
     "RNNCell",
     "__version__",
     "backends",
+    "register_cell",
     "use_backend",
 ]

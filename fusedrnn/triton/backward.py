@@ -16,6 +16,7 @@ from .sequence import (
     arrive,
     as_operand,
     first_row,
+    inline,
     load_biases,
     load_states,
     load_weights,
@@ -51,6 +52,7 @@ def persistent_backward(
     first_n,
     reverse,  # bit i: recurrence first_n + i
     T,
+    slices,
     B,
     H,
     N,
@@ -63,7 +65,7 @@ def persistent_backward(
     RECOMPUTE: tl.constexpr,  # the cell's backward asks for gx and gh
     HAS_DY: tl.constexpr,
     PACKED: tl.constexpr,
-    SLICES: tl.constexpr,
+    ALONE: tl.constexpr,  # one slice
     IN_BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -74,7 +76,7 @@ def persistent_backward(
 ):
     E: tl.constexpr = y.dtype.element_ty
     counter, n, b, u, length, longest, backwards = place(
-        steps, first_group, first_n, reverse, T, B, PACKED, SLICES, BLOCK_B, BLOCK_U
+        steps, first_group, first_n, reverse, T, B, slices, PACKED, BLOCK_B, BLOCK_U
     )
     real = (u < H)[None, :]
     exists = (b < B)[:, None] & real
@@ -126,10 +128,10 @@ def persistent_backward(
             done = ((later >= 0) & (later < length))[:, None]
             dgh_later = dgh + first_row(steps, later, T, B, PACKED) * N * G * H
             dgh_later += (b * N + n)[:, None] * (G * H)
-            if SLICES == 1:
+            if ALONE:
                 tl.debug_barrier()
             elif not ONE_STEP:
-                patience = wait(counters + counter, (s - first_step) * SLICES, patience, status)
+                patience = wait(counters + counter, (s - first_step) * slices, patience, status)
             for i in tl.static_range(CHUNKS * G):
                 d = _units(dgh_later + i % G * H, i // G * BLOCK_K + k, done, H)
                 sums = _multiply(d, held[i], sums, i % G, G, PRECISION)
@@ -155,7 +157,7 @@ def persistent_backward(
             tl.store(dgh + (row * G + g) * H + at_gates, d_g, alive)
             if IN_BLOCK:
                 handed += (tl.where(alive, d_g, 0.0).to(E),)
-        if SLICES > 1 and not ONE_STEP:
+        if not ALONE and not ONE_STEP:
             arrive(counters + counter)
         if not SHARED:
             for g in tl.static_range(G):
@@ -168,19 +170,19 @@ def persistent_backward(
         tl.store(carried_out[j] + initial, narrow(dstate[j], carried_out[j].dtype.element_ty), exists)
 
 
-@triton.jit
+@inline
 def _weights(weight_hh, n, g, k, u, H, G: tl.constexpr):
     """Those by which gradients of units k reach units u."""
     return load_weights(weight_hh, n, g, k[:, None] * H + u[None, :], k, u, H, G)
 
 
-@triton.jit
+@inline
 def _units(d, k, done, H):
     """Units k of one gate of each sequence's dgh: [BLOCK_B, BLOCK_K]. From L2, where others have put them."""
     return as_operand(tl.load(d + k[None, :], done & (k < H)[None, :], 0.0, cache_modifier=".cg"))
 
 
-@triton.jit
+@inline
 def _multiply(d, w, sums, gate: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr):
     """Each gate has sums of its own: products that add to the same ones wait for one another."""
     out = ()

@@ -12,16 +12,17 @@ their gradient (:attr:`fusedrnn.cells.Cell.shares_gates`), ``dgh`` must be ``dgx
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from .sequence import inline
 
-@triton.jit
+
+@inline
 def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
-@triton.jit
+@inline
 def tanh(x):
     # Near zero the exponential form cancels; there, a Padé approximant whose error is below 4e-16.
     s = x * x
@@ -29,7 +30,7 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.3, near, 1 - 2 / (1 + tl.exp(2 * x)))
 
 
-@triton.jit
+@inline
 def lstm_forward(gx, gh, state):
     i, f = sigmoid(gx[0] + gh[0]), sigmoid(gx[1] + gh[1])
     g, o = tanh(gx[2] + gh[2]), sigmoid(gx[3] + gh[3])
@@ -37,7 +38,7 @@ def lstm_forward(gx, gh, state):
     return o * tanh(c), c
 
 
-@triton.jit
+@inline
 def lstm_backward(gx, gh, state, after, dnext):
     i, f = sigmoid(gx[0] + gh[0]), sigmoid(gx[1] + gh[1])
     g, o = tanh(gx[2] + gh[2]), sigmoid(gx[3] + gh[3])
@@ -48,14 +49,14 @@ def lstm_backward(gx, gh, state, after, dnext):
     return (di, df, dg, do), (di, df, dg, do), (tl.full(dc.shape, 0, dc.dtype), dc * f)
 
 
-@triton.jit
+@inline
 def gru_forward(gx, gh, state):
     r, z = sigmoid(gx[0] + gh[0]), sigmoid(gx[1] + gh[1])
     n = tanh(gx[2] + r * gh[2])
     return (n + z * (state[0] - n),)
 
 
-@triton.jit
+@inline
 def gru_backward(gx, gh, state, after, dnext):
     r, z = sigmoid(gx[0] + gh[0]), sigmoid(gx[1] + gh[1])
     n = tanh(gx[2] + r * gh[2])
@@ -65,24 +66,24 @@ def gru_backward(gx, gh, state, after, dnext):
     return (dr, dz, dn), (dr, dz, dn * r), (dnext[0] * z,)
 
 
-@triton.jit
+@inline
 def rnn_tanh_forward(gx, gh, state):
     return (tanh(gx[0] + gh[0]),)
 
 
-@triton.jit
+@inline
 def rnn_tanh_backward(gx, gh, state, after, dnext):
     d = dnext[0] * (1 - after[0] * after[0])
     return (d,), (d,), (tl.full(d.shape, 0, d.dtype),)
 
 
-@triton.jit
+@inline
 def rnn_relu_forward(gx, gh, state):
     a = gx[0] + gh[0]
     return (tl.where(a < 0, 0.0, a),)  # NaN stays NaN
 
 
-@triton.jit
+@inline
 def rnn_relu_backward(gx, gh, state, after, dnext):
     d = tl.where(after[0] > 0, dnext[0], 0.0)
     return (d,), (d,), (tl.full(d.shape, 0, d.dtype),)

@@ -15,6 +15,7 @@ from .sequence import (
     arrive,
     as_operand,
     first_row,
+    inline,
     load_biases,
     load_states,
     load_weights,
@@ -45,6 +46,7 @@ def persistent_forward(
     first_n,
     reverse,  # bit i: recurrence first_n + i
     T,
+    slices,
     B,
     H,
     N,
@@ -55,7 +57,7 @@ def persistent_forward(
     BIAS: tl.constexpr,
     KEEP: tl.constexpr,
     PACKED: tl.constexpr,
-    SLICES: tl.constexpr,
+    ALONE: tl.constexpr,  # one slice
     IN_BLOCK: tl.constexpr,  # h stays in registers: one slice, of BLOCK_U = BLOCK_K units
     CHUNKS: tl.constexpr,  # of BLOCK_K units, whose weights stay on chip; 0: weights are read at every step
     BLOCK_B: tl.constexpr,
@@ -66,7 +68,7 @@ def persistent_forward(
 ):
     E: tl.constexpr = y.dtype.element_ty
     counter, n, b, u, length, longest, backwards = place(
-        steps, first_group, first_n, reverse, T, B, PACKED, SLICES, BLOCK_B, BLOCK_U
+        steps, first_group, first_n, reverse, T, B, slices, PACKED, BLOCK_B, BLOCK_U
     )
     real = (u < H)[None, :]
     exists = (b < B)[:, None] & real
@@ -99,10 +101,10 @@ def persistent_forward(
             started = (before >= 0) & (before < length)
             y_before = y + first_row(steps, before, T, B, PACKED) * N * H
             h_before = tl.where(started, y_before + (b * N + n) * H, h0 + (n * B + b) * H)[:, None]
-            if SLICES == 1:
+            if ALONE:
                 tl.debug_barrier()
             elif not ONE_STEP:
-                patience = wait(counters + counter, (s - first_step) * SLICES, patience, status)
+                patience = wait(counters + counter, (s - first_step) * slices, patience, status)
             for c in tl.static_range(CHUNKS):
                 h = _units(h_before, c * BLOCK_K + k, b, B, H)
                 sums = _multiply(h, held, c, sums, G, PRECISION)
@@ -120,7 +122,7 @@ def persistent_forward(
         after = CELL(x, gh, state)
         h_next = narrow(after[0], E)
         tl.store(y + row * H + at, h_next, alive)
-        if SLICES > 1 and not ONE_STEP:
+        if not ALONE and not ONE_STEP:
             arrive(counters + counter)
         new = (tl.where(alive, h_next.to(A), state[0]),)
         for j in tl.static_range(1, S):
@@ -132,19 +134,19 @@ def persistent_forward(
         tl.store(carried_out[j] + initial, narrow(state[j], carried_out[j].dtype.element_ty), exists)
 
 
-@triton.jit
+@inline
 def _weights(weight_hh, n, g, k, u, H, G: tl.constexpr):
     """Those by which units k of h reach units u."""
     return load_weights(weight_hh, n, g, u[None, :] * H + k[:, None], k, u, H, G)
 
 
-@triton.jit
+@inline
 def _units(h, k, b, B, H):
     """Units k of each sequence's h: [BLOCK_B, BLOCK_K]. From L2, where other programs have put them."""
     return as_operand(tl.load(h + k[None, :], (b < B)[:, None] & (k < H)[None, :], 0.0, cache_modifier=".cg"))
 
 
-@triton.jit
+@inline
 def _multiply(h, weights, chunk: tl.constexpr, sums, G: tl.constexpr, PRECISION: tl.constexpr):
     out = ()
     for g in tl.static_range(G):

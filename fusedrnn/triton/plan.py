@@ -67,6 +67,11 @@ class Plan(NamedTuple):
     def groups(self, problem: Problem) -> int:
         return problem.N * -(-problem.B // self.block_b)
 
+    def __str__(self) -> str:
+        weights = "on chip" if self.chunks else "from L2"
+        share = f"{self.block_u} units of {self.block_b} sequences"
+        return f"{self.exchange} of {self.slices} with {share} each, weights {weights}"
+
 
 def plans(problem: Problem, device: Device) -> list[Plan | None]:
     """The plans worth trying, by the model the fastest first. None stands for the stepwise schedule."""

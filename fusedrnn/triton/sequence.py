@@ -1,9 +1,10 @@
 """What the persistent kernels share: where a program stands in a sequence, and how programs hand over.
 
-A *group* runs one recurrence for BLOCK_B sequences; it is SLICES programs, each of which owns BLOCK_U units.
+A *group* runs one recurrence for BLOCK_B sequences; it is ``slices`` programs, each of which owns BLOCK_U
+units.
 Slices hand over through what they write anyway: ``y`` forward, ``dgh`` backward. Each step writes rows of its
 own, so that nothing is overwritten and one counter per group is all that is needed: slice i reads the rows of
-step s - 1 once the counter has reached SLICES * s.
+step s - 1 once the counter has reached slices * s.
 
 Addresses are a 64-bit scalar, that of a step, and 32-bit offsets within the step that do not change over
 time: the registers are needed for other things. The planner sees to it that they fit.
@@ -21,7 +22,12 @@ ONE_STEP = INTERPRETED
 PATIENCE = tl.constexpr(1 << 23)  # polls of a counter, each through L2 and back: several seconds
 
 
-@triton.jit
+def inline(function):
+    """For functions that kernels call. In the interpreter they stay plain: calls of others are slow there."""
+    return function if INTERPRETED.value else triton.jit(function)
+
+
+@inline
 def place(
     steps,
     first_group,
@@ -29,17 +35,17 @@ def place(
     reverse,
     T,
     B,
+    slices,
     PACKED: tl.constexpr,
-    SLICES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
     """This program's counter, recurrence, sequences, units, their lengths, the longest, and its direction."""
-    group = first_group + tl.program_id(0) // SLICES
+    group = first_group + tl.program_id(0) // slices
     tiles = (B + BLOCK_B - 1) // BLOCK_B
     n = first_n + group // tiles
     b = group % tiles * BLOCK_B + tl.arange(0, BLOCK_B)
-    u = tl.program_id(0) % SLICES * BLOCK_U + tl.arange(0, BLOCK_U)
+    u = tl.program_id(0) % slices * BLOCK_U + tl.arange(0, BLOCK_U)
     longest = T
     length = tl.where(b < B, T, 0)
     if PACKED:
@@ -49,7 +55,7 @@ def place(
     return first_n * tiles + group, n, b, u, length, longest, backwards
 
 
-@triton.jit
+@inline
 def first_row(steps, t, T, B, PACKED: tl.constexpr):
     """The first row of step t; anything if there is no such step."""
     if PACKED:
@@ -57,7 +63,7 @@ def first_row(steps, t, T, B, PACKED: tl.constexpr):
     return t.to(tl.int64) * B
 
 
-@triton.jit
+@inline
 def narrow(x, E: tl.constexpr):
     """Rounds to E, to nearest even: the interpreter's own cast to bf16 truncates."""
     if E == tl.bfloat16 and INTERPRETED:  # noqa: SIM300
@@ -67,7 +73,7 @@ def narrow(x, E: tl.constexpr):
     return x.to(E)
 
 
-@triton.jit
+@inline
 def as_operand(x):
     """x as an operand of a product: the interpreter cannot multiply bf16."""
     if INTERPRETED and x.dtype == tl.bfloat16:
@@ -75,7 +81,7 @@ def as_operand(x):
     return x
 
 
-@triton.jit
+@inline
 def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
     out = ()
     for _ in tl.static_range(COUNT):
@@ -83,7 +89,7 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype:
     return out
 
 
-@triton.jit
+@inline
 def load_states(states, at, mask, S: tl.constexpr, A: tl.constexpr):
     out = ()
     for j in tl.static_range(S):
@@ -91,7 +97,7 @@ def load_states(states, at, mask, S: tl.constexpr, A: tl.constexpr):
     return out
 
 
-@triton.jit
+@inline
 def load_biases(bias, n, u, H, G: tl.constexpr, BIAS: tl.constexpr, A: tl.constexpr):
     """G of [1, BLOCK_U]; zeros without biases."""
     out = ()
@@ -103,14 +109,14 @@ def load_biases(bias, n, u, H, G: tl.constexpr, BIAS: tl.constexpr, A: tl.conste
     return out
 
 
-@triton.jit
+@inline
 def load_weights(weight_hh, n, g, at, k, u, H, G: tl.constexpr):
     """W_hh of gate g at offsets ``at``, [BLOCK_K, BLOCK_U], for units k and u."""
     gate = weight_hh + (n * G + g).to(tl.int64) * H * H
     return as_operand(tl.load(gate + at, (k < H)[:, None] & (u < H)[None, :], 0.0))
 
 
-@triton.jit
+@inline
 def wait(counter, count, patience, status):
     """Returns once ``count`` slices have arrived or patience has ended, with what is left of it."""
     while (tl.atomic_add(counter, 0, sem="acquire") < count) & (patience > 0):
@@ -121,7 +127,7 @@ def wait(counter, count, patience, status):
     return patience
 
 
-@triton.jit
+@inline
 def arrive(counter):
     """Hands over all that this program has stored."""
     tl.debug_barrier()

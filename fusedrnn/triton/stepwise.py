@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .sequence import narrow
+from .sequence import inline, narrow
 
 
-@triton.jit
+@inline
 def _element(count, first_n, reverse, B, H, N, row_forward, row_reverse, BLOCK: tl.constexpr):
     """This program's elements of [count, H] of one recurrence, and their places in the tensors."""
     local = tl.program_id(1)
@@ -24,7 +24,7 @@ def _element(count, first_n, reverse, B, H, N, row_forward, row_reverse, BLOCK: 
     return (row + b) * N + n, n * B + b, n, b, u
 
 
-@triton.jit
+@inline
 def _bias(bias, n, g, u, valid, H, G: tl.constexpr, BIAS: tl.constexpr, A: tl.constexpr):
     if BIAS:
         return tl.load(bias + (n * G + g) * H + u, valid, 0.0).to(A)
