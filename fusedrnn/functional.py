@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autocast, backend, builtin, env, ops, reference
+from . import autocast, backend, builtin, env, onnx, ops, reference
 from .cells import Cell, get_cell
 from .checks import check
 from .plan import KERNELS, Plan, Problem, make_plan
@@ -116,6 +116,8 @@ def _run(
         check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=mixed)
         return builtin.sequence(cell, x, state, *weights, batch_sizes)
     run: Any = partial(ops.sequence, plan.backend) if plan.backend in KERNELS else reference.sequence
+    if onnx.exporting():
+        run = onnx.sequence
     if not mixed:
         return run(cell, x, state, *weights, reverse, batch_sizes)
     args: Any = autocast.cast(cell, device, (x, state, *weights), promote=promote)
