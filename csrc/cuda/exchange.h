@@ -100,11 +100,11 @@ class ClusterExchange {
   }
 
   FUSEDRNN_DEVICE void publish(uint32_t epoch) {
-    if (deadline_.expired()) return;
     Mbarrier* barrier = &barriers_[epoch & 1];
     char* operand = operand_ + (epoch & 1) * operand_bytes_;
-    if (thread_index() == 0) mbarrier_expect(barrier, operand_bytes_);
+    if (thread_index() == 0 && !deadline_.expired()) mbarrier_expect(barrier, operand_bytes_);
     sync_warp();
+    if (deadline_.expired()) return;  // which may not yet be so for other lanes
     for (int i = 0, row = packet_row_; row < at_.rows; ++i, row += at_.row_stride)
       for (int p = 0; p < kPublished; ++p) {
         const Vector16 v = *reinterpret_cast<const Vector16*>(
@@ -123,7 +123,10 @@ class ClusterExchange {
   }
   FUSEDRNN_DEVICE static Vector8 load(const char* from) { return *reinterpret_cast<const Vector8*>(from); }
   // A block whose patience ended has not received all that its peers may still store into it.
-  FUSEDRNN_DEVICE void leave() { sync_cluster(); }
+  FUSEDRNN_DEVICE void leave() {
+    meet_cluster();
+    if (deadline_.expired()) outlast_remote_stores();
+  }
 
  private:
   const Place& at_;

@@ -51,9 +51,16 @@ FUSEDRNN_DEVICE void sync_cluster() {
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
 }
+// Returns once all threads of the cluster have come here; orders nothing.
+FUSEDRNN_DEVICE void meet_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n\t"
+      "barrier.cluster.wait.aligned;");
+}
 #else  // a plan without clusters is all that such a device gets
 FUSEDRNN_DEVICE int cluster_rank() { return 0; }
 FUSEDRNN_DEVICE void sync_cluster() { __trap(); }
+FUSEDRNN_DEVICE void meet_cluster() { __trap(); }
 #endif
 
 #else
@@ -68,6 +75,7 @@ inline int cluster_rank() { return emulator::cluster_rank(); }
 inline void sync_block(Site site = Site::current()) { emulator::sync_block(site); }
 inline void sync_warp(Site site = Site::current()) { emulator::sync_warp(site); }
 inline void sync_cluster(Site site = Site::current()) { emulator::sync_cluster(site); }
+inline void meet_cluster(Site site = Site::current()) { emulator::meet_cluster(site); }
 
 #endif
 
