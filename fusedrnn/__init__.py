@@ -2,6 +2,7 @@
 
 from .backend import BackendStatus, backends, use_backend
 from .cells import register_cell
+from .conversion import Report, convert, revert
 from .layer import Layer
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -16,8 +17,11 @@ __all__ = [
     "LSTMCell",
     "Layer",
     "RNNCell",
+    "Report",
     "__version__",
     "backends",
+    "convert",
     "register_cell",
+    "revert",
     "use_backend",
 ]
