@@ -31,6 +31,7 @@ struct Steps {
 // The weights of one of the N recurrences, in torch's layout; biases and projection may be null.
 template <class T>
 struct Recurrence {
+  const T* weight_ih;  // [G*H, I]
   const T* weight_hh;  // [G*H, P]
   const T* bias_ih;    // [G*H]
   const T* bias_hh;    // [G*H]
@@ -41,13 +42,13 @@ struct Recurrence {
 template <class T>
 struct ForwardParams {
   Steps steps;
-  int64_t N, H, P;
+  int64_t N, I, H, P;
   const Recurrence<T>* recurrences;  // [N]
   Rounding rounding;
-  // [rows, N, slots, H]: W_ih x in the first G slots on entry; if `keep`, the cell's saved values on exit.
-  T* gates;
+  const T* x;  // [T, B, I] or, packed, [rows, I], with these strides; a feature follows the one before
+  int64_t x_step, x_row;
+  T* gates;  // [rows, N, slots, H] or null: what the cell saves
   int64_t slots;
-  bool keep;
   const T* h0;           // [N, B, P]
   T* y;                  // [rows, N, P]
   T* h_final;            // [N, B, P]

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, batching, env, libraries, reference
+from . import autocast, batching, differentiable, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
 from .checks import check, given
-
 
 _NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
 
@@ -67,12 +66,8 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::sequence", _fake_sequence)
     torch.library.register_fake(f"{namespace}::sequence_forward", partial(_fake_forward, keeps_gates))
     torch.library.register_fake(f"{namespace}::sequence_backward", _fake_backward)
-    torch.library.register_autograd(
-        f"{namespace}::sequence_forward", partial(_backward, ops), setup_context=_save
-    )
-    torch.library.register_autograd(
-        f"{namespace}::sequence_backward", _double_backward, setup_context=_save_backward
-    )
+    differentiable.register(library, ops.sequence_forward.default, _save, partial(_backward, ops))
+    differentiable.register(library, ops.sequence_backward.default, _save_backward, _double_backward)
     batching.register(library, "sequence_backward", ops.sequence_backward)
     _keep_alive.append(library)
 

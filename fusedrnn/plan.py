@@ -11,6 +11,7 @@ from .cells import CELLS
 KERNELS = ("cuda", "triton", "cpu", "emulator")  # backends that are kernels of this package
 _COMPILED = ("cuda", "cpu", "emulator")
 _CAPABILITY = (8, 0)
+_UNPACKED_ROWS = 8  # for so few the CPU kernels read the weights where they are (csrc/cpu/forward.h)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -118,10 +119,10 @@ def _builtin_is_faster(problem: Problem) -> bool:
         return False
     if problem.packed or problem.autocast:  # under autocast the built-in has no fp16 LSTM on most CPUs
         return False
-    if problem.T == 1:  # a single step does not repay packing the weights
+    if problem.T == 1 and problem.B > _UNPACKED_ROWS:  # a step does not repay packing the weights
         return True
-    # oneDNN's padded fp32 LSTM is near the matrix-product peak from a batch of sixteen on. Ours is level with
-    # it in training and behind in inference: 0.86 to 0.97 of its speed on two AVX-512 cores, as
+    # The padded fp32 LSTM of oneDNN is near the matrix-product peak from a batch of sixteen on. Ours is ahead
+    # of it in training and level in inference, 0.92 to 1.09 of its speed on an AVX-512 core, as
     # `FUSEDRNN_BACKEND=cpu make bench` shows.
     return (
         problem.cell == "lstm"

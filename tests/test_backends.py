@@ -61,7 +61,8 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"training": False, "cell": "gru"}, "cpu"),
         ({"training": False, "dtype": torch.bfloat16}, "cpu"),
         ({"training": False, "reverse": (True,)}, "cpu"),
-        ({"T": 1}, "torch"),  # one step does not repay packing the weights
+        ({"T": 1, "B": 9}, "torch"),  # one step does not repay packing the weights
+        ({"T": 1, "B": 8}, "cpu"),
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
         ({"training": False, "autocast": True}, "cpu"),

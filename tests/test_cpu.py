@@ -155,7 +155,8 @@ def test_balanced_rows():
             assert all(a < b for a, b in pairwise(bounds))
 
 
-# Wide and narrow, projected and packed; H=200 at B=1 is cut by units, and bf16 rounds at every step.
+# Wide and narrow, projected and packed; H=200 at B=1 is cut by units, and bf16 rounds at every step. Of few
+# rows the weights are not packed; of many the input is multiplied for some steps at a time.
 SCRIPT = """
 import sys, torch
 from fusedrnn.lib import _testing
@@ -171,6 +172,12 @@ for threads in (1, 2):
         ("lstm", 3, 1, 8, 256),
         ("gru", 3, 1, 8, 256),
         ("lstm", 3, 5, 8, 40, 11),
+        ("lstm", 1, 1, 7, 19),
+        ("gru", 1, 3, 33, 40),
+        ("rnn_tanh", 2, 4, 1, 130),
+        ("lstm", 1, 1, 9, 16, 5),
+        ("gru", 150, 1, 9, 48),
+        ("rnn_relu", 40, 9, 20, 17),
     ):
         for packed in (False, True):
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)):

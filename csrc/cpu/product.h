@@ -2,6 +2,7 @@
 // the packing it reads. A panel covers C vectors of columns and holds, for each k in turn, those C vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <type_traits>
@@ -25,7 +26,7 @@ inline constexpr int kTileRows = sizeof(T) == sizeof(double)               ? 2
 template <class T, int R, int C>
 __attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* bias,
                                             T* out) {
-  constexpr int W = Simd<T>::kWidth;
+  constexpr int W = Simd<T>::kWidth, kAhead = 16 * W;
   Simd<T> acc[R][C];
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
@@ -36,7 +37,11 @@ __attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* pa
   for (int64_t k = 0; k < K; ++k, panel += C * W) {
     Simd<T> b[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) b[c] = Simd<T>::load(panel + c * W);
+    for (int c = 0; c < C; ++c) {
+      b[c] = Simd<T>::load(panel + c * W);
+      // A panel comes from the second cache, faster if asked for. With one row its rate is the limit already.
+      if (R > 1) __builtin_prefetch(panel + kAhead + c * W);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Simd<T> s(a[r * lda + k]);
@@ -92,21 +97,74 @@ struct Panels {
   int64_t size() const { return (columns + W - 1) / W * W * K; }
 };
 
+// Transposes a block of W rows of W lanes in place: halves of ever smaller pairs of rows change places.
+template <class T, int Distance = Simd<T>::kWidth / 2>
+FUSEDRNN_HD void transpose(Simd<T> (&rows)[Simd<T>::kWidth]) {
+  constexpr int W = Simd<T>::kWidth;
+  typename VectorOf<T>::Lanes low, high;
+  for (int lane = 0; lane < W; ++lane) {
+    low[lane] = lane & Distance ? W + lane - Distance : lane;
+    high[lane] = lane & Distance ? W + lane : lane + Distance;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & Distance) continue;
+    const auto a = rows[i].v, b = rows[i + Distance].v;
+    rows[i].v = __builtin_shuffle(a, b, low);
+    rows[i + Distance].v = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
+}
+
 // panel[k][c][lane] = w[row(c, lane)][k]: rows of w become columns. `row` yields -1 for padding.
 template <class T, class Row>
 void pack_rows(const T* w, int64_t K, int C, T* panel, const Row& row) {
-  constexpr int W = Simd<T>::kWidth, kBlock = 16;  // a block of a row is read while its target stays in cache
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
-    for (int c = 0; c < C; ++c)
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t k = 0; k < K; k += W) {
+    const int lanes = static_cast<int>(K - k < W ? K - k : W);
+    for (int c = 0; c < C; ++c) {
+      Simd<T> block[W];
       for (int lane = 0; lane < W; ++lane) {
         const int64_t source = row(c, lane);
-        T* target = panel + c * W + lane;
-        if (source < 0)
-          for (int64_t k = k0; k < k1; ++k) target[k * C * W] = T(0);
-        else
-          for (int64_t k = k0; k < k1; ++k) target[k * C * W] = w[source * K + k];
+        block[lane] = source < 0 ? Simd<T>(T(0)) : Simd<T>::load(w + source * K + k, lanes);
+        __builtin_prefetch(w + std::max<int64_t>(source, 0) * K + k + 4 * W);  // more streams than are seen
       }
+      transpose(block);
+      for (int j = 0; j < lanes; ++j) block[j].store(panel + ((k + j) * C + c) * W);
+    }
+  }
+}
+
+// As multiply(), by weights that are not packed: lane j of vector c is the product with row(c, j) of w.
+template <class T, class Row, class Consume>
+void multiply_unpacked(const T* a, int64_t lda, int64_t rows, const T* w, int64_t K, int C, const Row& row,
+                       const T* bias, const Consume& consume) {
+  using V = Simd<T>;
+  constexpr int W = V::kWidth, kGroup = W < 4 ? W : 4;  // rows of w at a time
+  alignas(kVectorBytes) T values[kPanelVectors * W];
+  for (int64_t r = 0; r < rows; ++r, a += lda) {
+    for (int c = 0; c < C; ++c) {
+      V sums[W];
+      for (int lane = 0; lane < W; lane += kGroup) {
+        const T* source[kGroup];  // of padding, any row
+        V sum[kGroup];
+        for (int j = 0; j < kGroup; ++j) {
+          source[j] = w + std::max<int64_t>(row(c, lane + j), 0) * K;
+          sum[j] = V(T(0));
+        }
+        for (int64_t k = 0; k + W <= K; k += W)
+          for (int j = 0; j < kGroup; ++j) sum[j] = sum[j] + V::load(a + k) * V::load(source[j] + k);
+        if (const int64_t done = K / W * W; done < K)
+          for (int j = 0; j < kGroup; ++j)
+            sum[j] = sum[j] + V::load(a + done, K - done) * V::load(source[j] + done, K - done);
+        for (int j = 0; j < kGroup; ++j) sums[lane + j] = sum[j];
+      }
+      transpose(sums);
+      V total = V::load(bias + c * W);
+      for (int lane = 0; lane < W; ++lane) total = total + sums[lane];
+      total.store(values + c * W);
+    }
+    consume(r, 1, values);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -59,9 +60,24 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
 
 inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1); }
 
-// On t's device, as all that follow.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// On t's device, as all that follow. Not through the dispatcher, which small calls would notice.
+inline Tensor empty(const Tensor& t, Sizes sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+                               t.get_device_index(), &out));
+  return Tensor(out);
+}
+
 inline Tensor empty(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(t, Sizes(sizes.begin(), sizes.size()), dtype);
+  return empty(t, Sizes(sizes.begin(), sizes.size()), dtype);
 }
 
 inline Tensor zeros(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype) {

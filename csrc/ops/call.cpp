@@ -22,7 +22,7 @@ std::string shape_of(const Tensor& t) {
   return out + "]";
 }
 
-bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) {
+bool has_shape(const Tensor& t, Sizes shape) {
   if (t.dim() != static_cast<int64_t>(shape.size())) return false;
   int64_t d = 0;
   for (int64_t size : shape)
@@ -36,13 +36,20 @@ bool beside_x(const Call& call, const Tensor& t) {
 }
 
 void check_tensor(const Call& call, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(has_shape(t, shape), name, " has shape ", shape_of(t), ", which does not fit x ",
-                  shape_of(call.x), ", hidden size ", call.H, " and batch size ", call.B);
+  STD_TORCH_CHECK(has_shape(t, Sizes(shape.begin(), shape.size())), name, " has shape ", shape_of(t),
+                  ", which does not fit x ", shape_of(call.x), ", hidden size ", call.H, " and batch size ",
+                  call.B);
   STD_TORCH_CHECK(t.scalar_type() == call.dtype, name, " and x have different dtypes");
   STD_TORCH_CHECK(beside_x(call, t), name, " and x are on different devices");
 }
 
-// AOTInductor cannot pass an empty list to an op: vectors of no elements stand for weights that are not there.
+std::vector<int64_t> shape_as_x(const Call& call, std::initializer_list<int64_t> tail) {
+  std::vector<int64_t> shape = call.packed ? std::vector{call.x.size(0)} : std::vector{call.T, call.B};
+  shape.insert(shape.end(), tail);
+  return shape;
+}
+
+// AOTInductor cannot pass an empty list to an op: vectors of no elements stand for absent weights.
 Tensors given(Tensors weights) {
   const auto absent = [](const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; };
   if (std::all_of(weights.begin(), weights.end(), absent)) weights.clear();
@@ -71,9 +78,11 @@ std::vector<int64_t> offsets_from(const Tensor& batch_sizes, int64_t B, int64_t 
 }  // namespace
 
 Tensor Call::shaped_as_x(const Tensor& t, std::initializer_list<int64_t> tail) const {
-  std::vector<int64_t> shape = packed ? std::vector{x.size(0)} : std::vector{T, B};
-  shape.insert(shape.end(), tail);
-  return torch::stable::view(t, shape);
+  return torch::stable::view(t, shape_as_x(*this, tail));
+}
+
+Tensor Call::empty_as_x(std::initializer_list<int64_t> tail, ScalarType of) const {
+  return fusedrnn::empty(x, shape_as_x(*this, tail), of);
 }
 
 Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
@@ -148,9 +157,7 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
 
 void check(const Call& call, const Incoming& incoming) {
   const auto fits = [&](const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> tail) {
-    std::vector<int64_t> shape = call.packed ? std::vector{call.rows()} : std::vector{call.T, call.B};
-    shape.insert(shape.end(), tail);
-    return beside_x(call, t) && t.scalar_type() == dtype && has_shape(t, shape);
+    return beside_x(call, t) && t.scalar_type() == dtype && has_shape(t, shape_as_x(call, tail));
   };
   const auto& [y, saved, dy, dfinal, need_dx, need_dweights] = incoming;
   const size_t kept = call.cell.states - (call.projected() ? 0 : 1);

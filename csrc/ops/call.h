@@ -37,6 +37,9 @@ struct Call {
   // [rows, ...] as [T, B, ...] or [rows, ...]: the shape of outputs.
   Tensor shaped_as_x(const Tensor& t, std::initializer_list<int64_t> tail) const;
 
+  // [T, B, ...] or [rows, ...], to be filled.
+  Tensor empty_as_x(std::initializer_list<int64_t> tail, ScalarType of) const;
+
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType of) const {
     return fusedrnn::empty(x, sizes, of);
   }

@@ -1,15 +1,30 @@
 // The ops by the CPU kernels.
+#include <cstring>
+
 #include "../cpu/kernels.h"
 #include "products.h"
 
 namespace fusedrnn {
 namespace {
 
-ThreadPool torch_pool() {
-  return {[](int64_t n, ThreadPool::Body body, void* context) {
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
-  }};
-}
+// Torch's threads, or for a call that would be done before they have started the one that is running.
+struct Threads {
+  ThreadPool pool;
+  int64_t count;
+
+  explicit Threads(const Call& call) {
+    const double work = 1.0 * call.rows() * call.N * call.cell.gates * call.H * (call.I + call.P);
+    if (work < 1 << 19) {
+      pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) { body(0, n, context); };
+      count = 1;
+    } else {
+      pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) {
+        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+      };
+      count = torch::stable::get_num_threads();
+    }
+  }
+};
 
 // Weights as the kernels read them: contiguous and in the compute dtype. Owns what had to be converted.
 template <class T>
@@ -17,15 +32,16 @@ class KernelWeights {
  public:
   explicit KernelWeights(const Call& call) {
     for (int64_t n = 0; n < call.N; ++n)
-      list_.push_back({pointer(call, call.weight_hh, n), pointer(call, call.bias_ih, n),
-                       pointer(call, call.bias_hh, n), pointer(call, call.weight_hr, n), call.reverse[n]});
+      list_.push_back({pointer(call, call.weight_ih, n), pointer(call, call.weight_hh, n),
+                       pointer(call, call.bias_ih, n), pointer(call, call.bias_hh, n),
+                       pointer(call, call.weight_hr, n), call.reverse[n]});
   }
   const Recurrence<T>* get() const { return list_.data(); }
 
  private:
   const T* pointer(const Call& call, const Tensors& group, int64_t n) {
     if (group.empty()) return nullptr;
-    owned_.push_back(torch::stable::contiguous(to_dtype(group[n], call.compute)));
+    owned_.push_back(dense(to_dtype(group[n], call.compute)));
     return const_data<T>(owned_.back());
   }
   Tensors owned_;
@@ -33,14 +49,22 @@ class KernelWeights {
 };
 
 template <class T>
-std::pair<ResidentPlan, std::vector<int64_t>> plan_for(const Call& call) {
+std::pair<ResidentPlan, std::vector<int64_t>> plan_for(const Call& call, const Threads& threads) {
   const int64_t lanes = kernels().vector_bytes / sizeof(T);
-  const CpuDevice device{torch::stable::get_num_threads(), int64_t{1} << 20};
+  const CpuDevice device{threads.count, int64_t{1} << 20};
   ResidentPlan plan = plan_resident(call.N, call.B, call.H, call.cell.gates * call.H * call.P * sizeof(T),
                                     call.projected(), 4 * lanes, device);
   std::vector<int64_t> bounds = balanced_rows(call.steps(), plan.row_chunks);
   plan.row_bounds = bounds.data();
   return {plan, std::move(bounds)};
+}
+
+// A copy in the compute dtype.
+Tensor copied(const Call& call, const Tensor& t) {
+  const Tensor source = dense(to_dtype(t, call.compute));
+  const Tensor out = empty(source, source.sizes(), call.compute);
+  std::memcpy(data(out), const_data(source), source.numel() * (call.compute == ScalarType::Double ? 8 : 4));
+  return out;
 }
 
 Rounding rounding_of(ScalarType dtype) {
@@ -51,46 +75,51 @@ Rounding rounding_of(ScalarType dtype) {
 
 template <class T>
 Outputs forward(const Call& call, bool training) {
-  const int64_t rows = call.rows(), N = call.N, H = call.H, P = call.P,
-                slots = training ? call.slots() : call.cell.gates;
-  const Tensor gates = call.empty({rows, N, slots, H}, call.compute);
-  multiply_input(call, gates);
+  const int64_t N = call.N, H = call.H, P = call.P;
   const KernelWeights<T> weights(call);
+  Tensor x = to_dtype(call.x, call.compute);
+  if (call.I > 1 && x.stride(-1) != 1) x = dense(x);
   Outputs out;
-  out.y = call.empty({rows, N * P}, call.compute);
-  const Tensor h0 = torch::stable::contiguous(to_dtype(call.state[0], call.compute));
+  out.y = call.empty_as_x({N * P}, call.compute);
+  const Tensor h0 = dense(to_dtype(call.state[0], call.compute));
   out.final.push_back(call.empty({N, call.B, P}, call.compute));
   ForwardParams<T> p{call.steps(),
                      N,
+                     call.I,
                      H,
                      P,
                      weights.get(),
                      rounding_of(call.dtype),
-                     data<T>(gates),
-                     slots,
-                     training && call.cell.saved > 0,
+                     const_data<T>(x),
+                     x.stride(0),
+                     x.stride(-2),
+                     nullptr,
+                     call.slots(),
                      data<T>(h0),
                      data<T>(out.y),
                      data<T>(out.final[0]),
                      {},
                      {}};
   for (int s = 1; s < call.cell.states; ++s) {
-    out.final.push_back(copy_as(call.state[s], call.compute));
+    out.final.push_back(copied(call, call.state[s]));
     p.state[s] = data<T>(out.final[s]);
   }
   if (training) {
     for (int s = call.projected() ? 0 : 1; s < call.cell.states; ++s) {
-      const Tensor kept = call.empty({rows, N, H}, call.compute);
-      p.kept[s] = data<T>(kept);
-      out.saved.push_back(call.shaped_as_x(kept, {N, H}));
+      out.saved.push_back(call.empty_as_x({N, H}, call.compute));
+      p.kept[s] = data<T>(out.saved.back());
     }
-    if (p.keep) out.saved.push_back(call.shaped_as_x(gates, {N, slots, H}));
+    if (call.cell.saved > 0) {
+      out.saved.push_back(call.empty_as_x({N, p.slots, H}, call.compute));
+      p.gates = data<T>(out.saved.back());
+    }
   }
-  if (rows > 0) {
-    const auto [plan, bounds] = plan_for<T>(call);
-    kernels().of<T>().forward(call.id, p, plan, torch_pool());
+  if (call.rows() > 0) {
+    const Threads threads(call);
+    const auto [plan, bounds] = plan_for<T>(call, threads);
+    kernels().of<T>().forward(call.id, p, plan, threads.pool);
   }
-  out.y = call.shaped_as_x(to_dtype(out.y, call.dtype), {N * P});
+  out.y = to_dtype(out.y, call.dtype);
   for (Tensor& t : out.final) t = to_dtype(t, call.dtype);
   return out;
 }
@@ -101,7 +130,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   const KernelWeights<T> weights(call);
   Tensors owned;  // what the kernel's pointers point into
   const auto in = [&](const Tensor& t) {
-    owned.push_back(torch::stable::contiguous(to_dtype(t, call.compute)));
+    owned.push_back(dense(to_dtype(t, call.compute)));
     return const_data<T>(owned.back());
   };
   const auto out = [&](std::initializer_list<int64_t> sizes) { return call.empty(sizes, call.compute); };
@@ -125,7 +154,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   for (int s = 1; s < call.cell.states; ++s) p.state0[s] = in(call.state[s]);
   if (incoming.dy) p.dy = in(*incoming.dy);
   for (int s = 0; s < call.cell.states; ++s) {
-    sweep.dstate.push_back(copy_as(incoming.dfinal[s], call.compute));
+    sweep.dstate.push_back(copied(call, incoming.dfinal[s]));
     p.dstate[s] = data<T>(sweep.dstate[s]);
   }
   p.dgx = data<T>(sweep.dgx);
@@ -133,8 +162,9 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   p.dprojected = call.projected() ? data<T>(sweep.dprojected) : nullptr;
   p.h_previous = incoming.need_dweights ? data<T>(sweep.h_previous) : nullptr;
   if (rows > 0) {
-    const auto [plan, bounds] = plan_for<T>(call);
-    kernels().of<T>().backward(call.id, p, plan, torch_pool());
+    const Threads threads(call);
+    const auto [plan, bounds] = plan_for<T>(call, threads);
+    kernels().of<T>().backward(call.id, p, plan, threads.pool);
   }
   return gradients_of(call, incoming, sweep);
 }

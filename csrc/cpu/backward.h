@@ -1,0 +1,146 @@
+// The reverse sweep of the resident schedule: the cell's backward, and dh of the step before.
+#pragma once
+
+#include "schedule.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+template <class Cell, class T>
+class BackwardPass {
+  using V = Simd<T>;
+  static constexpr int W = V::kWidth, G = Cell::kGates;
+
+ public:
+  BackwardPass(const BackwardParams<T>& p, const ResidentPlan& plan, const ThreadPool& pool)
+      : p_(p),
+        layout_{p.steps, p.N, p.recurrences, plan},
+        recurrent_{p.P, G * p.H},
+        projection_{p.H, p.P},
+        weights_(p.N * recurrent_.size()),
+        projections_(projected() ? p.N * projection_.size() : 0),
+        scratch_(projected() ? p.N * p.steps.B * p.H : 0) {
+    parallel_for(pool, p.N * recurrent_.count(), [&](int64_t i) {
+      const int64_t n = i / recurrent_.count();
+      pack_natural(p_.recurrences[n].weight_hh, recurrent_, i % recurrent_.count(),
+                   weights_.get() + n * recurrent_.size());
+    });
+    if (projected())
+      parallel_for(pool, p.N * projection_.count(), [&](int64_t i) {
+        const int64_t n = i / projection_.count();
+        pack_natural(p_.recurrences[n].weight_hr, projection_, i % projection_.count(),
+                     projections_.get() + n * projection_.size());
+      });
+    // The product of a step needs the dgates of all units, the cell only its own units' dh: so a step's
+    // product is taken up at the start of the next, and one hand-over a step is enough.
+    const int64_t T_ = p.steps.T;
+    layout_.run(pool, T_ + 1, [&](const Job& job, int64_t i, int64_t slice) {
+      const auto panels = layout_.slice_of(recurrent_.count(), slice);
+      if (i > 0) propagate(job, layout_.time(job.n, T_ - i), panels);
+      if (i < T_) differentiate(job, layout_.time(job.n, T_ - 1 - i), panels);
+    });
+    if (p.h_previous) gather_previous(pool);
+  }
+
+ private:
+  bool projected() const { return p_.recurrences[0].weight_hr != nullptr; }
+  int64_t rows_end(const Job& job, int64_t t) const {
+    return job.b1 < p_.steps.count(t) ? job.b1 : p_.steps.count(t);
+  }
+
+  // dh of the step before: dstate[0] += dgh W_hh.
+  void propagate(const Job& job, int64_t t, typename Layout<T>::Range panels) const {
+    const int64_t n = job.n, end = rows_end(job, t), row = p_.N * G * p_.H;
+    if (job.b0 >= end) return;
+    const T* dgh = p_.dgh + (p_.steps.offset(t) + job.b0) * row + n * G * p_.H;
+    T* dh = p_.dstate[0] + (n * p_.steps.B + job.b0) * p_.P;
+    for (int64_t j = panels.begin; j < panels.end; ++j)
+      multiply_panel(dgh, row, end - job.b0, recurrent_, weights_.get() + n * recurrent_.size(), j, dh, p_.P,
+                     [](V x, T* target, int lanes) { (V::load(target, lanes) + x).store(target, lanes); });
+  }
+
+  // The cell's backward for the units of the panels; what is left of dstate[0] is what did not go through gh.
+  void differentiate(const Job& job, int64_t t, typename Layout<T>::Range panels) const {
+    const int64_t n = job.n, N = p_.N, B = p_.steps.B, H = p_.H, P = p_.P;
+    const int64_t end = rows_end(job, t), first = p_.steps.offset(t);
+    if (job.b0 >= end) return;
+    const auto before = layout_.before(n, t);
+    if (projected()) unproject(job, t, end);
+    const int64_t width = kPanelVectors * W;
+    const int64_t unit_begin = projected() ? 0 : panels.begin * width;
+    const int64_t unit_end = projected() || panels.end * width > H ? H : panels.end * width;
+    for (int64_t b = job.b0; b < end; ++b) {
+      const int64_t at = n * B + b, row = (first + b) * N + n;
+      const bool starts = b >= before.alive;
+      const int64_t source = (before.offset + b) * N + n;
+      const T* h = starts ? p_.h0 + at * P : p_.y + source * P;
+      const T* saved = p_.gates + row * p_.slots * H;
+      for (int64_t unit = unit_begin; unit < unit_end; unit += W) {
+        const int lanes = static_cast<int>(unit_end - unit < W ? unit_end - unit : W);
+        Array<V, Cell::kStates> dnext{}, state{}, next{};
+        if (projected()) {
+          dnext[0] = V::load(scratch_.get() + at * H + unit, lanes);
+          next[0] = V::load(p_.kept[0] + row * H + unit, lanes);
+        } else {
+          dnext[0] = V::load(p_.dstate[0] + at * P + unit, lanes);
+          if (p_.dy) dnext[0] = dnext[0] + V::load(p_.dy + row * P + unit, lanes);
+          next[0] = V::load(p_.y + row * P + unit, lanes);
+          state[0] = V::load(h + unit, lanes);
+        }
+        for (int s = 1; s < Cell::kStates; ++s) {
+          dnext[s] = V::load(p_.dstate[s] + at * H + unit, lanes);
+          next[s] = V::load(p_.kept[s] + row * H + unit, lanes);
+          state[s] = V::load(starts ? p_.state0[s] + at * H + unit : p_.kept[s] + source * H + unit, lanes);
+        }
+        Array<V, Cell::kSaved> values;
+        for (int j = 0; j < Cell::kSaved; ++j) values[j] = V::load(saved + j * H + unit, lanes);
+        const Backward<Cell, V> d = Cell::backward(dnext, values, state, next);
+        for (int g = 0; g < G; ++g) {
+          d.dgx[g].store(p_.dgx + (row * G + g) * H + unit, lanes);
+          if constexpr (!Cell::kSameGates) d.dgh[g].store(p_.dgh + (row * G + g) * H + unit, lanes);
+        }
+        if (!projected()) d.dstate[0].store(p_.dstate[0] + at * P + unit, lanes);
+        for (int s = 1; s < Cell::kStates; ++s) d.dstate[s].store(p_.dstate[s] + at * H + unit, lanes);
+      }
+    }
+  }
+
+  // Gradient of h before its projection, into scratch; of h after it, for W_hr, into dprojected.
+  void unproject(const Job& job, int64_t t, int64_t end) const {
+    const int64_t n = job.n, N = p_.N, B = p_.steps.B, H = p_.H, P = p_.P, first = p_.steps.offset(t);
+    for (int64_t b = job.b0; b < end; ++b) {
+      T* dh = p_.dstate[0] + (n * B + b) * P;
+      const int64_t row = ((first + b) * N + n) * P;
+      for (int64_t j = 0; j < P; ++j) {
+        p_.dprojected[row + j] = p_.dy ? dh[j] + p_.dy[row + j] : dh[j];
+        dh[j] = T(0);
+      }
+    }
+    for (int64_t j = 0; j < projection_.count(); ++j)
+      multiply_panel(p_.dprojected + ((first + job.b0) * N + n) * P, N * P, end - job.b0, projection_,
+                     projections_.get() + n * projection_.size(), j, scratch_.get() + (n * B + job.b0) * H, H,
+                     [](V x, T* target, int lanes) { x.store(target, lanes); });
+  }
+
+  void gather_previous(const ThreadPool& pool) const {
+    const int64_t N = p_.N, P = p_.P, B = p_.steps.B, T_ = p_.steps.T;
+    const int64_t chunk = 16, chunks = (T_ + chunk - 1) / chunk;  // steps handed out at a time
+    parallel_for(pool, chunks, [&](int64_t i) {
+      for (int64_t t = i * chunk; t < (i + 1) * chunk && t < T_; ++t)
+        for (int64_t n = 0; n < N; ++n) {
+          const auto before = layout_.before(n, t);
+          for (int64_t b = 0; b < p_.steps.count(t); ++b)
+            std::memcpy(p_.h_previous + ((p_.steps.offset(t) + b) * N + n) * P,
+                        b < before.alive ? p_.y + ((before.offset + b) * N + n) * P : p_.h0 + (n * B + b) * P,
+                        P * sizeof(T));
+        }
+    });
+  }
+
+  const BackwardParams<T>& p_;
+  const Layout<T> layout_;
+  const Panels<T> recurrent_;   // [G*H] -> [P]
+  const Panels<T> projection_;  // [P] -> [H]
+  const Buffer<T> weights_, projections_, scratch_;
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

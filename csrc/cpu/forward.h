@@ -1,0 +1,246 @@
+// The forward pass of the resident schedule: weights packed once into panels that stay in cache for the whole
+// sequence, all gates of a vector of units in one tile of accumulators, and the cell run on those registers.
+//
+// W_ih x is multiplied by the same tiles, for a few steps at a time, so that it is still in cache when the
+// cell asks for it.
+#pragma once
+
+#include "schedule.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+template <class Cell, class T>
+class ForwardPass {
+  using V = Simd<T>;
+  static_assert(CellOn<Cell, V>);
+  static constexpr int W = V::kWidth, G = Cell::kGates;
+  // Vectors of units side by side: one where the gates fill the tile.
+  static constexpr int kUnits = G == 1 ? kPanelVectors : 1;
+  // So few rows that reading the weights where they are costs less than packing them.
+  static constexpr int64_t kUnpackedRows = 8;
+
+ public:
+  ForwardPass(const ForwardParams<T>& p, const ResidentPlan& plan, const ThreadPool& pool)
+      : p_(p),
+        layout_{p.steps, p.N, p.recurrences, plan},
+        unit_vectors_((p.H + W - 1) / W),
+        blocks_((unit_vectors_ + kUnits - 1) / kUnits),
+        window_(window(plan)),
+        packed_(p.steps.rows() > kUnpackedRows),
+        projection_{p.P, p.H},
+        weights_ih_(packed_ ? p.N * width() * p.I : 0),
+        weights_hh_(packed_ ? p.N * width() * p.P : 0),
+        bias_(2 * p.N * width()),
+        inputs_(plan.unit_slices * p.N * p.steps.B * window_ * p.I),
+        gx_(p.N * p.steps.B * window_ * width()),
+        projections_(projected() ? p.N * projection_.size() : 0),
+        scratch_(projected() && !p.kept[0] ? p.N * p.steps.B * p.H : 0) {
+    parallel_for(pool, p.N * blocks_, [&](int64_t i) { pack(i / blocks_, i % blocks_); });
+    if (projected())
+      parallel_for(pool, p.N * projection_.count(), [&](int64_t i) {
+        const int64_t n = i / projection_.count();
+        pack_transposed(p_.recurrences[n].weight_hr, projection_, i % projection_.count(),
+                        projections_.get() + n * projection_.size());
+      });
+    layout_.run(pool, p.steps.T, [&](const Job& job, int64_t i, int64_t slice) {
+      const auto blocks = layout_.slice_of(blocks_, slice);
+      if (i % window_ == 0) project_input(job, i, slice, blocks);
+      step(job, i, blocks);
+    });
+    gather_final();
+  }
+
+ private:
+  using Range = typename Layout<T>::Range;
+
+  bool projected() const { return p_.recurrences[0].weight_hr != nullptr; }
+  int64_t width() const { return unit_vectors_ * W * G; }  // of all panels of a recurrence
+  int units(int64_t block) const {
+    const int64_t left = unit_vectors_ - block * kUnits;
+    return kUnits == 1 || left >= kUnits ? kUnits : static_cast<int>(left);
+  }
+  // Where a block's columns begin in a matrix of width() columns and K rows that is stored panel by panel.
+  int64_t panel(int64_t n, int64_t block, int64_t K) const {
+    return (n * width() + block * kUnits * W * G) * K;
+  }
+  // The row of the weights that is a lane of a panel: vectors are ordered [G][units], so that a unit's gates
+  // share a lane. -1: padding.
+  auto source_of(int64_t block) const {
+    return [H = p_.H, U = units(block), first = block * kUnits](int c, int lane) {
+      const int64_t unit = (first + c % U) * W + lane;
+      return unit < H ? c / U * H + unit : -1;
+    };
+  }
+
+  // Steps whose W_ih x is computed at once: enough rows to pay for reading W_ih, few enough for the cache.
+  int64_t window(const ResidentPlan& plan) const {
+    const int64_t bytes_of_row = width() * sizeof(T) / plan.unit_slices;
+    const int64_t rows = std::clamp<int64_t>((int64_t{256} << 10) / bytes_of_row, 16, 128);
+    return std::clamp<int64_t>(rows * plan.row_chunks / std::max<int64_t>(1, p_.steps.B), 1, p_.steps.T);
+  }
+
+  void pack(int64_t n, int64_t block) {
+    const Recurrence<T>& w = p_.recurrences[n];
+    const int C = G * units(block);
+    const auto source = source_of(block);
+    if (packed_) {
+      pack_rows(w.weight_ih, p_.I, C, weights_ih_.get() + panel(n, block, p_.I), source);
+      pack_rows(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, p_.P), source);
+    }
+    T* out = bias_.get() + panel(n, block, 2);  // of gx, then of gh
+    for (const T* bias : {w.bias_ih, w.bias_hh})
+      for (int c = 0; c < C; ++c)
+        for (int lane = 0; lane < W; ++lane)
+          *out++ = bias && source(c, lane) >= 0 ? bias[source(c, lane)] : T(0);
+  }
+
+  // Passes tiles of `rows` rows of a times the weights of a block, plus its bias, to consume.
+  template <class Consume>
+  void product(const T* a, int64_t lda, int64_t rows, const T* weights, const T* panels, int64_t K, int64_t n,
+               int64_t block, const T* bias, const Consume& consume) const {
+    const int C = G * units(block);
+    if (packed_)
+      multiply(a, lda, rows, panels + panel(n, block, K), K, C, bias, consume);
+    else
+      multiply_unpacked(a, lda, rows, weights, K, C, source_of(block), bias, consume);
+  }
+
+  int64_t rows_end(const Job& job, int64_t t) const { return std::min(job.b1, p_.steps.count(t)); }
+
+  // The tiles of W_ih x of a block, [rows of a window, G * units, W], whose rows are those of its steps in
+  // turn.
+  T* gx(const Job& job, int64_t block) const {
+    return gx_.get() +
+           ((job.n * p_.steps.B + job.b0) * width() + block * kUnits * W * G * (job.b1 - job.b0)) * window_;
+  }
+  int64_t rows_before(const Job& job, int64_t i) const {
+    int64_t rows = 0;
+    for (int64_t j = i - i % window_; j < i; ++j)
+      rows += std::max<int64_t>(0, rows_end(job, layout_.time(job.n, j)) - job.b0);
+    return rows;
+  }
+
+  // W_ih x + b_ih of the steps of a window from step i.
+  void project_input(const Job& job, int64_t i, int64_t slice, Range blocks) const {
+    const int64_t I = p_.I, n = job.n, B = p_.steps.B;
+    T* x = inputs_.get() + ((slice * p_.N + n) * B + job.b0) * window_ * I;
+    int64_t rows = 0;
+    for (const int64_t end = std::min(i + window_, p_.steps.T); i < end; ++i) {
+      const int64_t t = layout_.time(n, i);
+      const T* source = p_.x + (p_.steps.offsets ? p_.steps.offset(t) * p_.x_row : t * p_.x_step);
+      for (int64_t b = job.b0; b < rows_end(job, t); ++b, ++rows)
+        std::memcpy(x + rows * I, source + b * p_.x_row, I * sizeof(T));
+    }
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      T* out = gx(job, block);
+      const int64_t row = G * units(block) * W;
+      product(x, I, rows, p_.recurrences[n].weight_ih, weights_ih_.get(), I, n, block,
+              bias_.get() + panel(n, block, 2), [&](int64_t r, int64_t size, const T* tile) {
+                std::memcpy(out + r * row, tile, size * row * sizeof(T));
+              });
+    }
+  }
+
+  // h of the rows [b0, b1) before a step.
+  struct Segment {
+    Rows<const T> h;
+    int64_t b0, b1;
+  };
+
+  void step(const Job& job, int64_t i, Range blocks) const {
+    const int64_t N = p_.N, P = p_.P, n = job.n, B = p_.steps.B;
+    const int64_t t = layout_.time(n, i), first = p_.steps.offset(t), end = rows_end(job, t);
+    if (job.b0 >= end) return;
+    const auto before = layout_.before(n, t);
+    const int64_t alive = std::clamp(before.alive, job.b0, end), row = rows_before(job, i);
+    const Rows<const T> running{p_.y + (before.offset * N + n) * P, N * P};
+    const Rows<const T> initial{p_.h0 + n * B * P, P};
+    const Rows<T> out = hidden_rows(n, t);
+    for (int64_t j = 0; j < blocks.end - blocks.begin; ++j) {
+      // To and fro: what does not fit the cache is at least partly in it when the next step begins there.
+      const int64_t block = i % 2 ? blocks.end - 1 - j : blocks.begin + j, C = G * units(block);
+      const T* bias = bias_.get() + panel(n, block, 2) + C * W;
+      const T* gx_tiles = gx(job, block) + (row - job.b0) * C * W;
+      for (const auto& [h, b0, b1] : {Segment{running, job.b0, alive}, Segment{initial, alive, end}})
+        product(h[b0], h.ld, b1 - b0, p_.recurrences[n].weight_hh, weights_hh_.get(), P, n, block, bias,
+                [&, h = h, b0 = b0](int64_t r, int64_t rows, const T* gh) {
+                  cells(n, block, first, b0 + r, rows, gx_tiles + (b0 + r) * C * W, gh, h, out);
+                });
+    }
+    if (projected())
+      for (int64_t j = 0; j < projection_.count(); ++j)
+        multiply_panel(out[job.b0], out.ld, end - job.b0, projection_,
+                       projections_.get() + n * projection_.size(), j, p_.y + ((first + job.b0) * N + n) * P,
+                       N * P,
+                       [&](V h, T* target, int lanes) { round_to(p_.rounding, h).store(target, lanes); });
+  }
+
+  // Where the cell's h goes: to y, or before a projection to the states kept, or to scratch.
+  Rows<T> hidden_rows(int64_t n, int64_t t) const {
+    const int64_t N = p_.N, H = p_.H;
+    if (!projected()) return {p_.y + (p_.steps.offset(t) * N + n) * p_.P, N * p_.P};
+    if (p_.kept[0]) return {p_.kept[0] + (p_.steps.offset(t) * N + n) * H, N * H};
+    return {scratch_.get() + n * p_.steps.B * H, H};
+  }
+
+  // Runs the cell on tiles [rows, G * units, W] of gx and gh: rows of the batch from b, and units of a block.
+  void cells(int64_t n, int64_t block, int64_t first, int64_t b, int64_t rows, const T* gx, const T* gh,
+             const Rows<const T>& h, const Rows<T>& out) const {
+    const int64_t row = G * units(block) * W, end = b + rows;
+    for (; b + 1 < end; b += 2, gx += 2 * row, gh += 2 * row)
+      cell_rows<Pair<T>>(n, block, first, b, gx, gh, h, out);
+    if (b < end) cell_rows<V>(n, block, first, b, gx, gh, h, out);
+  }
+
+  // Of one row or, if Vector is a Pair, two.
+  template <class Vector>
+  void cell_rows(int64_t n, int64_t block, int64_t first, int64_t b, const T* gx_tile, const T* gh_tile,
+                 const Rows<const T>& h, const Rows<T>& out) const {
+    static_assert(CellOn<Cell, Vector>);
+    const int U = units(block);
+    const int64_t H = p_.H, N = p_.N, ld = G * U * W, row = (first + b) * N + n;
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (block * kUnits + u) * W, at = (n * p_.steps.B + b) * H + unit;
+      const int lanes = static_cast<int>(H - unit < W ? H - unit : W);
+      Array<Vector, G> gx, gh;
+      for (int g = 0; g < G; ++g) {
+        gx[g] = Vector::load_rows(gx_tile + (g * U + u) * W, ld, W);
+        gh[g] = Vector::load_rows(gh_tile + (g * U + u) * W, ld, W);
+      }
+      Array<Vector, Cell::kStates> state{};
+      if constexpr (Cell::kReadsH) state[0] = Vector::load_rows(h[b] + unit, h.ld, lanes);
+      for (int s = 1; s < Cell::kStates; ++s) state[s] = Vector::load_rows(p_.state[s] + at, H, lanes);
+      const Forward<Cell, Vector> next = Cell::forward(gx, gh, state);
+      const Vector hidden = projected() ? next.state[0] : round_to<T>(p_.rounding, next.state[0]);
+      hidden.store_rows(out[b] + unit, out.ld, lanes);
+      for (int s = 1; s < Cell::kStates; ++s) {
+        next.state[s].store_rows(p_.state[s] + at, H, lanes);
+        if (p_.kept[s]) next.state[s].store_rows(p_.kept[s] + row * H + unit, N * H, lanes);
+      }
+      if (p_.gates)
+        for (int j = 0; j < Cell::kSaved; ++j)
+          next.saved[j].store_rows(p_.gates + (row * p_.slots + j) * H + unit, N * p_.slots * H, lanes);
+    }
+  }
+
+  // The final h of a sequence is its row of y at its last step.
+  void gather_final() const {
+    const Steps& steps = p_.steps;
+    for (int64_t n = 0; n < p_.N; ++n) {
+      const bool reverse = p_.recurrences[n].reverse;
+      for (int64_t t = reverse ? 0 : steps.T - 1, b = 0; b < steps.B; t += reverse ? 1 : -1)
+        for (; b < steps.count(t); ++b)
+          std::memcpy(p_.h_final + (n * steps.B + b) * p_.P, p_.y + ((steps.offset(t) + b) * p_.N + n) * p_.P,
+                      p_.P * sizeof(T));
+    }
+  }
+
+  const ForwardParams<T>& p_;
+  const Layout<T> layout_;
+  const int64_t unit_vectors_, blocks_, window_;
+  const bool packed_;
+  const Panels<T> projection_;  // [H] -> [P]
+  const Buffer<T> weights_ih_, weights_hh_, bias_, inputs_, gx_, projections_, scratch_;
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

@@ -1,0 +1,90 @@
+"""Autograd rules for ops with lists of tensors.
+
+What ``torch.library.register_autograd`` would make of the same functions, without its walks through nested
+containers, which take longer than a short sequence does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class _Rule(NamedTuple):
+    op: Any
+    save: Callable[..., None]
+    backward: Callable[..., tuple]
+
+
+def register(
+    library: torch.library.Library, op: Any, save: Callable[..., None], backward: Callable[..., tuple]
+) -> None:
+    """Gives an op the autograd rule that ``torch.library.register_autograd`` would give it.
+
+    Args:
+        library: where the rule is registered, for as long as it is alive.
+        op: the overload.
+        save: ``setup_context`` there, called with positions.
+        backward: ``backward`` there.
+    """
+    rule = _Rule(op, save, backward)
+    node: Any = type(op._schema.name.replace("::", "_"), (_Function,), {})  # the name is that of the grad_fn
+
+    def call(keys: Any, *args: Any) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _below_autograd(op, keys, args)
+        flat, lengths = _flatten(args)
+        out: list[int] = []  # lengths in the result, known once it is there
+        return tuple(_regroup(node.apply(rule, keys, lengths, out, *flat), out))
+
+    library.impl(op._schema.name.split("::")[1], call, "Autograd", with_keyset=True)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: _Rule, keys: Any, lengths: list[int], out: list[int], *flat: Any) -> Any:
+        args = tuple(_regroup(flat, lengths))
+        result = _below_autograd(rule.op, keys, args)
+        rule.save(ctx, args, result)
+        ctx.rule, ctx.lengths_in, ctx.lengths_out = rule, lengths, out
+        results, lengths_out = _flatten(result)
+        out += lengths_out
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.needs_input_grad, flags = _regroup(ctx.needs_input_grad[4:], ctx.lengths_in), ctx.needs_input_grad
+        try:
+            groups = ctx.rule.backward(ctx, *_regroup(grads, ctx.lengths_out))
+        finally:
+            ctx.needs_input_grad = flags
+        flat: list[Any] = []
+        for grad, n in zip(groups, ctx.lengths_in, strict=True):
+            flat += [grad] if n < 0 else [None] * n if grad is None else grad
+        return None, None, None, None, *flat
+
+
+def _below_autograd(op: Any, keys: Any, args: tuple) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _flatten(args: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The arguments with the entries of lists in their places, and the lists' lengths (-1: not a list)."""
+    flat: list[Any] = []
+    lengths = []
+    for arg in args:
+        if isinstance(arg, list):
+            flat += arg
+            lengths.append(len(arg))
+        else:
+            flat.append(arg)
+            lengths.append(-1)
+    return flat, lengths
+
+
+def _regroup(flat: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+    items = iter(flat)
+    return [next(items) if n < 0 else [next(items) for _ in range(n)] for n in lengths]
