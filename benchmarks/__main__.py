@@ -21,7 +21,7 @@ Compares fusedrnn with torch.nn on this machine, in about three minutes.
 train  trains a character language model on Python's own standard library with torch.nn.LSTM and
        with fusedrnn.LSTM, from the same weights on the same batches; the loss curves must agree.
 table  checks values, states and gradients of LSTM, GRU and RNN against the built-in and an fp64
-       run, then times both side by side.
+       run, then times both side by side; onnxruntime too, where it is installed.
 
 The exit status is 1 if the curves part, the model does not learn or a result is wrong. Speed has
 no part in it."""

@@ -19,8 +19,8 @@ from tqdm import tqdm
 import fusedrnn
 import fusedrnn.functional
 
-from . import gates, timing
-from .shapes import CELLS, MODES, Cell, Shape, flop
+from . import gates, peer, timing
+from .shapes import CELLS, MODES, Cell, Shape, flop, step_bytes
 
 
 class Inputs(NamedTuple):
@@ -111,11 +111,14 @@ class Row:
     mode: str
     precision: str
     flop: int
+    step_bytes: int
     backend: str = ""
     faults: dict[str, str] = field(default_factory=dict)
     errors: dict[str, gates.Verdict] = field(default_factory=dict)
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
+    peer_times: list[float] = field(default_factory=list)  # onnxruntime's, and ours beside it
+    beside_peer_times: list[float] = field(default_factory=list)
     builtin_memory: int | None = None
     fusedrnn_memory: int | None = None
 
@@ -131,6 +134,12 @@ class Row:
     def ratio(self) -> timing.Spread:
         """The built-in's time over ours, pair by pair: above 1 ours is the faster one."""
         return timing.spread([a / b for a, b in zip(self.builtin_times, self.fusedrnn_times, strict=True)])
+
+    @property
+    def peer_ratio(self) -> timing.Spread | None:
+        """onnxruntime's time over ours, likewise; None where it has none."""
+        pairs = zip(self.peer_times, self.beside_peer_times, strict=True)
+        return timing.spread([a / b for a, b in pairs]) if self.peer_times else None
 
 
 @dataclass
@@ -149,12 +158,18 @@ class KernelTable:
             for name, fault in row.faults.items()
         ]
 
-    def geometric_mean(self, cell: str | None = None, precision: str | None = None) -> float | None:
-        """Of the ratios, over the rows that have one; None if none has."""
+    def geometric_mean(
+        self, cell: str | None = None, precision: str | None = None, *, peer: bool = False
+    ) -> float | None:
+        """Of the ratios, over the padded sequences that have one; None if none has."""
         ratios = [
-            row.ratio.median
+            ratio.median
             for row in self.rows
-            if not row.faults and cell in (None, row.cell) and precision in (None, row.precision)
+            if not row.faults
+            and row.shape.whole
+            and cell in (None, row.cell)
+            and precision in (None, row.precision)
+            and (ratio := row.peer_ratio if peer else row.ratio)
         ]
         return timing.geometric_mean(ratios) if ratios else None
 
@@ -202,8 +217,16 @@ def _measure(
     ours.load_state_dict(builtin.state_dict())
     inputs = make_inputs(cell, shape, dtype, device, seed)
     truth = call(copy.deepcopy(builtin).double(), inputs.to(torch.float64), "training")
+    has_peer = device.type == "cpu" and dtype == torch.float32 and not shape.packed and peer.available()
     for i, mode in enumerate(MODES):
-        row = Row(cell.name, shape, mode, precision, flop(cell, shape, mode))
+        row = Row(
+            cell.name,
+            shape,
+            mode,
+            precision,
+            flop(cell, shape, mode),
+            step_bytes(cell, shape, dtype.itemsize),
+        )
 
         def run_builtin(mode: str = mode) -> object:
             return call(builtin, inputs, mode)
@@ -213,10 +236,15 @@ def _measure(
 
         _gate(row, builtin, ours, inputs, truth)
         if not row.faults:
-            share = deadline.left / (len(MODES) - i)
+            share = deadline.left / (len(MODES) - i + has_peer)
             row.builtin_times, row.fusedrnn_times = timing.interleave(
                 [run_builtin, run_ours], device, seconds=share, **least
             )
+            if has_peer and mode == "inference":
+                run_peer = peer.make_call(cell, builtin, inputs.x, inputs.state)
+                row.peer_times, row.beside_peer_times = timing.interleave(
+                    [run_peer, run_ours], device, seconds=share, **least, pause=0.004
+                )
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
         yield row
@@ -253,7 +281,9 @@ def show(table: KernelTable, console: Console) -> None:
         means = [(cell.name, table.geometric_mean(cell.name, precision)) for cell in CELLS]
         means.append(("all", table.geometric_mean(precision=precision)))
         text = "   ".join(f"{name} {mean:.2f}×" if mean else f"{name} none" for name, mean in means)
-        console.print(f"Geometric mean of the ratios, {precision}:  {text}")
+        console.print(f"Geometric mean of the ratios over padded sequences, {precision}:  {text}")
+        if mean := table.geometric_mean(precision=precision, peer=True):
+            console.print(f"Against onnxruntime, inference:  {mean:.2f}×")
         console.print(
             f"Peak: {peak / 1e9:.0f} GFLOP/s, the fastest {precision} matrix product seen in this run.\n"
         )
@@ -262,8 +292,10 @@ def show(table: KernelTable, console: Console) -> None:
         "Ratio: built-in's time / fusedrnn's, above 1 fusedrnn is faster; the median of"
         f" {min(pairs)} to {max(pairs)} side-by-side pairs\n(10th–90th percentile)."
         " Two figures in a column: built-in → fusedrnn."
+        " ort: onnxruntime's time / fusedrnn's.\n"
+        "W_hh: what each step reads, and the cache of a core that holds it."
         " GFLOP/s: matrix products a call cannot do without.\n"
-        f"MB: {table.memory_method}."
+        f" MB: {table.memory_method}."
     )
     for failure in table.failures:
         console.print(f"wrong: {failure}", style="red", markup=False)
@@ -273,12 +305,12 @@ def _cell_table(title: str, rows: Sequence[Row], peak: float) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("shape", no_wrap=True)
     table.add_column("mode")
-    for name in ("ms", "ratio", "GFLOP/s", "% of peak", "MB"):
+    for name in ("ms", "ratio", "ort", "GFLOP/s", "% of peak", "W_hh", "MB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("by")
     for row in rows:
         if row.faults:
-            table.add_row(str(row.shape), row.mode, "", "[bold red]wrong[/]", "", "", "", row.backend)
+            table.add_row(str(row.shape), row.mode, "", "[bold red]wrong[/]", "", "", "", "", "", row.backend)
             continue
         times = (row.builtin.median, row.fusedrnn.median)
         speeds = [row.flop / t for t in times]
@@ -288,8 +320,10 @@ def _cell_table(title: str, rows: Sequence[Row], peak: float) -> Table:
             row.mode,
             _pair([f"{t * 1e3:.3g}" if t < 1 else f"{t * 1e3:.0f}" for t in times]),
             f"[bold]{_ratio_text(row)}[/] ({ratio.low:.2f}–{ratio.high:.2f})",
+            f"{row.peer_ratio.median:.2f}×" if row.peer_ratio else "",
             _pair([f"{s / 1e9:.0f}" for s in speeds]),
             _pair([f"{100 * s / peak:.0f}" for s in speeds]),
+            f"{row.step_bytes / 1024:.0f} KB {timing.cache_level(row.step_bytes)}",
             _pair(
                 ["?" if m is None else f"{m / 1e6:.1f}" for m in (row.builtin_memory, row.fusedrnn_memory)]
             ),

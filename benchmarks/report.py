@@ -102,7 +102,10 @@ def _table_as_json(table: KernelTable) -> dict[str, Any]:
         "memory_method": table.memory_method,
         "geometric_means": {
             precision: {cell.name: table.geometric_mean(cell.name, precision) for cell in CELLS}
-            | {"all": table.geometric_mean(precision=precision)}
+            | {
+                "all": table.geometric_mean(precision=precision),
+                "onnxruntime": table.geometric_mean(precision=precision, peer=True),
+            }
             for precision in table.peaks
         },
         "rows": [_row_as_json(row) for row in table.rows],
@@ -117,6 +120,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
             "builtin_seconds": row.builtin._asdict(),
             "fusedrnn_seconds": row.fusedrnn._asdict(),
             "ratio": row.ratio._asdict(),
+            "peer_ratio": row.peer_ratio._asdict() if row.peer_ratio else None,
         }
     return figures
 

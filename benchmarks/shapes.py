@@ -24,7 +24,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one layer call. Packed: the lengths fall evenly from T to about T/B."""
+    """Sizes of one layer call. Packed: the lengths fall evenly from T to about T/B. T=1: streaming, a step a
+    call."""
 
     T: int
     B: int
@@ -34,6 +35,11 @@ class Shape:
 
     def __str__(self) -> str:
         return f"T{self.T} B{self.B} I{self.I} H{self.H}" + (" packed" if self.packed else "")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one of the padded sequences that the means are taken over."""
+        return not self.packed and self.T > 1
 
     @property
     def lengths(self) -> list[int]:
@@ -62,9 +68,16 @@ SHAPES = (
     Shape(64, 1, 512, 512),
     Shape(32, 16, 320, 512),
     Shape(60, 32, 128, 128, packed=True),
+    Shape(1, 1, 64, 64),
+    Shape(1, 1, 512, 512),
 )
 
 QUICK_SHAPES = (SHAPES[0], SHAPES[2], SHAPES[6])
+
+
+def step_bytes(cell: Cell, shape: Shape, element: int) -> int:
+    """Bytes of W_hh, which every step reads whole: what bounds a step with few rows."""
+    return cell.gates * shape.H * shape.H * element
 
 
 def flop(cell: Cell, shape: Shape, mode: str) -> int:

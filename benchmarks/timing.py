@@ -74,6 +74,7 @@ def interleave(
     warmup: int = 2,
     min_rounds: int = 5,
     max_rounds: int = 150,
+    pause: float = 0.0,
 ) -> list[list[float]]:
     """Times the calls in turn, so that whatever else the machine does meets all of them alike.
 
@@ -87,6 +88,8 @@ def interleave(
         warmup: rounds that are not recorded.
         min_rounds: rounds that are recorded however long they take.
         max_rounds: rounds after which more would not tell more.
+        pause: seconds to sleep before each call, for thread pools of different libraries: the threads of each
+            wait for more work in a loop for a while, and would take the cores from the next.
 
     Returns:
         For each call its seconds, one value per round: values of the same index were measured side by side.
@@ -102,6 +105,8 @@ def interleave(
                 break
             for j in range(len(calls)):
                 k = (i + j) % len(calls)
+                if pause:
+                    time.sleep(pause)
                 samples[k].append(clock(calls[k], device))
     return samples
 
@@ -137,6 +142,22 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
         (times,) = interleave([product], device, seconds=seconds / len(sizes), min_rounds=3)
         best = max(best, 2 * size**3 / min(times))
     return best
+
+
+def cache_level(size: int) -> str:
+    """The smallest of a core's caches that holds ``size`` bytes; empty where the system does not tell."""
+    folders = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+    try:
+        caches = sorted(
+            (int((f / "size").read_text().strip().removesuffix("K")) * 1024, int((f / "level").read_text()))
+            for f in folders
+            if (f / "type").read_text().strip() != "Instruction"
+        )
+    except (OSError, ValueError):
+        return ""
+    if not caches:
+        return ""
+    return next((f"L{level}" for held, level in caches if size <= held), "RAM")
 
 
 def idle_cpus(seconds: float = 1.0) -> float | None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import gates, shapes, timing, train_text
+from benchmarks import gates, kernel_table, peer, shapes, timing, train_text
 from benchmarks.__main__ import main
 
 CPU = torch.device("cpu")
@@ -79,6 +79,24 @@ def test_interleaving_rotates_and_keeps_its_minimum():
     )
     assert [len(s) for s in samples] == [4, 4]
     assert order == [0, 1, 1, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("cell", shapes.CELLS, ids=str)
+def test_the_peer_computes_the_same(cell):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    shape = shapes.Shape(5, 3, 4, 6)
+    layer = cell.layer(torch.nn, shape)
+    inputs = kernel_table.make_inputs(cell, shape, torch.float32, CPU, 0)
+    y, *final = peer.make_call(cell, layer, inputs.x, inputs.state)()
+    expected = [*kernel_table.call(layer, inputs, "inference").values()]
+    for a, b in zip((y.squeeze(1), *final), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_cache_levels_are_in_order():
+    levels = [timing.cache_level(1 << n) for n in range(10, 34)]
+    assert levels == sorted(levels, key=["", "L1", "L2", "L3", "L4", "RAM"].index)
 
 
 def test_statistics():
