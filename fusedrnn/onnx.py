@@ -1,4 +1,8 @@
-"""What ``torch.onnx.export`` makes of a layer call: one standard operator, ``LSTM``, ``GRU`` or ``RNN``."""
+"""What ``torch.onnx.export`` makes of a layer call: one standard operator, ``LSTM``, ``GRU`` or ``RNN``.
+
+The exporter is given a module. A program that ``torch.export`` made before holds our ops, which it
+does not know.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from .checks import check
 
 
 class _Operator(NamedTuple):
-    """How ONNX has a cell: the operator, its order of our gates, and its attributes per recurrence and in all."""
+    """How ONNX has a cell: operator, its order of our gates, attributes; activations for each recurrence."""
 
     name: str
     gates: tuple[int, ...]
@@ -35,6 +39,10 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+_marked: Any = exporting
+_marked._dynamo_marked_constant = True
+
+
 def sequence(
     cell: Cell,
     x: Tensor,
@@ -50,18 +58,18 @@ def sequence(
     """Puts the operator in the place of a layer call; shapes as in :func:`fusedrnn.functional.sequence`.
 
     Raises:
-        RuntimeError: the operators have no such cell, projection or set of directions, or the input is packed.
+        RuntimeError: there is no operator for the cell, directions, projection or packed input.
     """
     check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes)
     operator, direction = _OPERATORS.get(cell.name), _DIRECTIONS.get(tuple(reverse))
     for refused, what in (
-        (operator is None, f"the cell {cell.name!r}"),
-        (direction is None, f"recurrences of the directions {list(reverse)}"),
-        (bool(weight_hr), "a projection"),
-        (batch_sizes is not None, "packed input: export a model that takes padded input"),
+        (operator is None, f"for the cell {cell.name!r}"),
+        (direction is None, f"for recurrences of directions {list(reverse)}"),
+        (bool(weight_hr), "with a projection"),
+        (batch_sizes is not None, "for packed input; export a model that takes padded input"),
     ):
         if refused:
-            raise RuntimeError(f"ONNX's recurrent operators have not {what}")
+            raise RuntimeError(f"ONNX has no recurrent operator {what}")
     assert operator is not None
     T, B, _ = x.shape
     N, H = len(reverse), weight_hh[0].size(1)
