@@ -7,7 +7,6 @@ built-in's own ``forward``, which raises: type and message of an error are those
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn
 
@@ -33,15 +32,12 @@ class _Layers(RNNBase):
         """Does nothing: the kernels read the parameters where they are. Callers of the built-in's need it."""
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        if torch.jit.is_tracing():  # TorchScript knows the built-in's ops alone
+        if _traced():
             return super().forward(input, hx)
         weights = self._layer_weights()
         run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
         y, final = run(input, hx, weights)
         return y, tuple(final) if self._states > 1 else final[0]
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        return _scriptable(self)
 
     def _forward_padded(self, input: Tensor, hx: Any, weights: list[Weights]) -> tuple[Tensor, list[Tensor]]:
         rank = input.dim()
@@ -230,7 +226,7 @@ class _Cell(RNNCellBase):
     _states: ClassVar[int] = 1
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if torch.jit.is_tracing():
+        if _traced():
             return super().forward(input, hx)
         rank, cell = input.dim(), self._cell_name()
         if rank not in (1, 2) or cell is None:
@@ -261,9 +257,6 @@ class _Cell(RNNCellBase):
         if rank == 1:
             final = [s[0] for s in final]
         return tuple(final) if self._states > 1 else final[0]
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        return _scriptable(self)
 
     def _cell_name(self) -> str | None:
         raise NotImplementedError
@@ -325,11 +318,9 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         return _NONLINEARITIES.get(self.nonlinearity)
 
 
-def _scriptable(module: torch.nn.Module) -> torch.nn.Module:
-    """What torch.jit.script compiles in the place of a module: the built-in's, with the same parameters."""
-    from .conversion import revert
-
-    return revert(copy.copy(module))
+def _traced() -> bool:
+    """Whether TorchScript traces the call: it knows the built-in's ops alone, so the built-in runs."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
 
 
 def _read(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
