@@ -320,7 +320,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
 def _traced() -> bool:
     """Whether TorchScript traces the call: it knows the built-in's ops alone, so the built-in runs."""
-    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _read(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
