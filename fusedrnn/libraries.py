@@ -54,7 +54,7 @@ def triton_reason() -> str:
         return f"it needs triton 3.6 or newer, this is {triton.__version__}"
     if env.interpreted() and version < (3, 7) and _version(np.__version__) >= (2, 4):
         return f"the interpreter of triton {triton.__version__} needs numpy older than 2.4"
-    if env.interpreted() != triton.knobs.runtime.interpret:
+    if env.interpreted() == isinstance(triton.language.cdiv, triton.runtime.JITFunction):
         return f"{env.INTERPRET} was changed after triton had been imported"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # the triton backend on the CPU; read once, with fusedrnn
 
 import fusedrnn
 

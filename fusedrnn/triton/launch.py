@@ -132,6 +132,7 @@ def _launch(
         "PRECISION": "tf32" if call.tf32 else "ieee",
         "num_warps": plan.warps,
         "num_stages": plan.stages,
+        "maxnreg": plan.registers or None,
         "launch_cooperative_grid": cooperative,
     }
     for first_n, count, reverse in _recurrences(call):

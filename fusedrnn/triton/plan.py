@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 _ROWS = 16  # sequences of a program: the rows of a tensor-core product
 _WARP_UNITS = 8  # and its columns, so many for each warp
-_MOST_CHUNKS = 16  # each is unrolled
+_MOST_HELD = 1024  # units of K: products with weights on chip are unrolled
+# The compiler saves registers so that programs can share a multiprocessor, and spills for it; but they do not
+# come to share one. Told so, in a forward pass of several chunks it loads all of them at once and spills too.
+_REGISTERS = 224
 _RESERVED = 12 << 10  # bytes of shared memory for operands and for changes of layout
 _NEAR = 4.0  # a plan that the model expects to take longer, relative to the best, is not worth trying
 
@@ -52,6 +55,7 @@ class Plan(NamedTuple):
         block_k: units of K that are multiplied at once.
         stages: loads under way where weights are read at every step.
         warps: of a program.
+        registers: of a thread, at most; 0: as many as the compiler likes.
     """
 
     exchange: str
@@ -63,6 +67,7 @@ class Plan(NamedTuple):
     block_k: int
     stages: int
     warps: int
+    registers: int = 0
 
     def groups(self, problem: Problem) -> int:
         return problem.N * -(-problem.B // self.block_b)
@@ -90,21 +95,19 @@ def persistent_plans(problem: Problem, device: Device) -> list[Plan]:
     units = max(16, 1 << (p.H - 1).bit_length())
     if p.tensor_cores and units <= 128 and p.gates * units * units * p.element_bytes <= fits:
         warps = min(8, units // _WARP_UNITS)
-        found.append(Plan("block", 1 << 20, 1, 1, _ROWS, units, units, 1, warps))
+        found.append(Plan("block", 1 << 20, 1, 1, _ROWS, units, units, 1, warps, _REGISTERS))
     for units in (16, 32, 64):
         slices = -(-p.H // units)
         if slices > device.multiprocessors:
             continue
-        block_k = 64 if p.tensor_cores else 16
-        chunks = -(-p.H // block_k)
         rows = 8 if units == 16 else _ROWS  # fewer than units: Triton spreads warps over the longer side
-        if (
-            not p.tensor_cores
-            or chunks > _MOST_CHUNKS
-            or p.gates * chunks * block_k * units * p.element_bytes > fits
-        ):
-            chunks = 0
-        plan = Plan("grid", 0, slices, chunks, rows, units, block_k, 3, units // _WARP_UNITS)
+        block_k = (64 if units > 16 or p.backward else 128) if p.tensor_cores else 16
+        chunks = -(-p.H // block_k)
+        held = p.gates * chunks * block_k * units * p.element_bytes
+        if not p.tensor_cores or p.H > _MOST_HELD or held > fits:
+            block_k, chunks = 128 // p.element_bytes if p.tensor_cores else 16, 0
+        registers = 0 if chunks > 1 and not p.backward else _REGISTERS
+        plan = Plan("grid", 0, slices, chunks, rows, units, block_k, 3, units // _WARP_UNITS, registers)
         at_once = min(plan.groups(p), device.multiprocessors // slices)
         found.append(plan._replace(at_once=at_once))
     return found

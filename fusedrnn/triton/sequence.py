@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(not isinstance(tl.cdiv, triton.runtime.JITFunction))
 # The interpreter runs programs one after the other: none may wait for one that comes later. There a launch
 # of several slices is of one step, and the host stands in for the counter.
 ONE_STEP = INTERPRETED
