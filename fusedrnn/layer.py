@@ -58,7 +58,10 @@ class Layer(torch.nn.Module):
         gates = get_cell(cell).gates * hidden_size
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
-        shapes = {"weight_ih_l0": (gates, input_size), "weight_hh_l0": (gates, hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_ih_l0": (gates, input_size),
+            "weight_hh_l0": (gates, hidden_size),
+        }
         if bias:
             shapes |= {"bias_ih_l0": (gates,), "bias_hh_l0": (gates,)}
         for suffix in self._suffixes():
