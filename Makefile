@@ -2,6 +2,7 @@
 #   make bench   install, build, run the benchmark        make test    install, build, run the tests
 #   make lint    check style and types                    make clean   remove what was built
 #   make gpu-check   on a machine with a GPU: what only a GPU can show
+#   make proof       with nvcc: what can be proven without a GPU, into docs/proof.md, in half an hour
 # Pass options with ARGS, choose an interpreter with PYTHON: make test ARGS="-k gru" PYTHON=python3.12
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +14,7 @@ CPP  = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench gpu-check test lint build clean distclean
+.PHONY: help bench gpu-check test proof lint build clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +29,11 @@ test: export FUSEDRNN_TESTING = 1
 test: export FUSEDRNN_EMULATOR = 1
 test: build $(VENV)/.installed-test
 	$(PY) -m pytest $(ARGS)
+
+proof: export FUSEDRNN_TESTING = 1
+proof: export FUSEDRNN_EMULATOR = 1
+proof: build $(VENV)/.installed-test
+	$(PY) -m tests.proof $(ARGS)
 
 lint: build $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -1,0 +1,217 @@
+"""Writes docs/proof.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusedrnn.lib import _testing
+from tests.test_plan import DEVICES, persistent_pass
+
+from .compilation import ROOT, Resources
+from .emulator import PERSISTENT_KERNELS, STEPWISE_KERNELS, Kernel
+from .mutation import Mutant
+
+RESULTS = ROOT / "benchmarks" / "results"
+REFERENCE_B, REFERENCE_SIZES = 16, (1024, 512, 256, 128, 64)
+NO_GPU = ("cpu", "emulator", "local")  # folders of other results
+NOT_YET = "not yet"
+
+INTRODUCTION = """\
+# What is proven about the CUDA kernels without a GPU
+
+Written by `make proof`; to change it, change what it is about. {holds}
+- **Compiled.** Every instantiation, by {compiler}, for {targets}.
+  Registers, spills and stack, in bytes of a thread, are what `ptxas -v` says.
+  Of {kernels} kernels {spilling} spill and {stacked} have a stack frame.
+  Shared memory is that of a block in the plan for an H200, for B={B} and the largest H of {sizes}
+  that has one; none is static.
+- **Emulated.** The same sources, compiled for the CPU, with a fiber for each CUDA thread: under
+  {schedules:,} seeded schedules, in guarded memory that holds NaN until it is written. Results are
+  compared with a reference in double precision, step by step, and between schedules byte by byte.
+  Some runs are under ThreadSanitizer, for which only the kernels' own barriers, flags and waits order
+  anything; some under AddressSanitizer; and some lose patience: a bounded wait is given up at any
+  time, and the kernel must still end, in bounds, and say so.
+- **Mutated.** At each of the {sites} places where a kernel calls an operation that orders memory, the
+  operation is left out and, if it does anything beside, weakened to that: threads still meet and
+  values still arrive, but nothing that was written before need be seen after.
+  {caught} of {mutants} mutants were caught: {percent} %.
+
+What only a GPU can show is speed, and that the PTX does what its counterpart here does.
+
+## Mutants
+
+In how many kernels each was caught, of those that run the operation, and how. *Broken rule*: of a
+barrier, an mbarrier, or a block that ends. A place that no kernel runs would be a failure.
+"""
+
+
+@dataclass
+class Proof:
+    """What was found.
+
+    Attributes:
+        compiler: its name and version.
+        architectures: those compiled for.
+        resources: of every kernel on each of them.
+        schedules: how many each kernel ran under, correctly.
+        sites: the operation at every place the scan of the sources found.
+        verdicts: how each mutant was found to be wrong; empty if it was not.
+        failures: what is not as it must be, in words.
+    """
+
+    compiler: str
+    architectures: Sequence[str]
+    resources: list[Resources] = field(default_factory=list)
+    schedules: Counter[Kernel] = field(default_factory=Counter)
+    sites: dict[str, str] = field(default_factory=dict)
+    verdicts: dict[Mutant, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def score(self, kernel: Kernel) -> tuple[int, int]:
+        """Of its mutants, how many were caught, and how many there are."""
+        found = [how for mutant, how in self.verdicts.items() if mutant.kernel == kernel]
+        return sum(map(bool, found)), len(found)
+
+
+def reference_plan(kernel: Kernel) -> tuple[int, int]:
+    """The largest reference size for which an H200 has a plan with that exchange, and its shared memory."""
+    pass_ = persistent_pass(kernel.cell, kernel.dtype, kernel.pass_ == "backward")
+    for H in REFERENCE_SIZES:
+        for plan in _testing.plan_persistent(pass_, 1, REFERENCE_B, H, DEVICES["H200"]):
+            if plan.exchange.name == kernel.schedule:
+                return H, plan.shared_bytes(pass_)
+    raise ValueError(f"no plan for {kernel}")
+
+
+def runs_on(kernel: Kernel | None, architecture: str) -> bool:
+    """Whether a plan can choose it there: on a device without clusters, their kernels only trap."""
+    return kernel is None or kernel.schedule != "cluster" or int(re.sub(r"\D", "", architecture)) >= 90
+
+
+def gpu_dates(results: Path = RESULTS) -> dict[tuple[str, str, str], str]:
+    """(schedule, cell, precision) -> date of the latest check on a GPU that passed in all its cases.
+
+    Reads the records that a check on a GPU leaves, wherever they stand in ``<gpu>/<date>*.json``.
+    """
+    dates: dict[tuple[str, str, str], str] = {}
+    files = [file for file in results.glob("*/*.json") if file.parent.name not in NO_GPU]
+    for file in sorted(files, key=lambda file: file.name):
+        date = re.match(r"\d{4}-\d\d-\d\d", file.name)
+        verdicts: dict[tuple[str, str, str], set[str]] = {}
+        for record in _records(json.loads(file.read_text())):
+            key = (record["schedule"], record["cell"], record["precision"])
+            verdicts.setdefault(key, set()).add(record["verdict"])
+        dates |= {key: date[0] for key, found in verdicts.items() if date and found == {"passed"}}
+    return dates
+
+
+def _records(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        if {"verdict", "schedule", "cell", "precision"} <= value.keys():
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _records(item)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _of_architectures(proof: Proof, found: list[Resources]) -> list[str]:
+    """Registers, spills, stack and where it was compiled for, of one kernel."""
+    by = {r.architecture: r for r in found if runs_on(r.kernel, r.architecture)}
+
+    def each(name: str) -> str:
+        values = [str(getattr(by[a], name)) if a in by else "–" for a in proof.architectures]
+        return values[0] if len(set(values) - {"–"}) == 1 and name != "registers" else " / ".join(values)
+
+    worst = {name: max((getattr(r, name) for r in by.values()), default=0) for name in ("spills", "stack")}
+    return [
+        each("registers"),
+        str(worst["spills"]),
+        str(worst["stack"]),
+        " ".join(a for a in proof.architectures if a in by),
+    ]
+
+
+def _kernel_tables(proof: Proof) -> Iterator[str]:
+    dates = gpu_dates()
+    registers = "registers " + " / ".join(proof.architectures)
+    found: dict[Kernel, list[Resources]] = {}
+    for r in proof.resources:
+        if r.kernel:
+            found.setdefault(r.kernel, []).append(r)
+    kernels = [k for k in (*PERSISTENT_KERNELS, *STEPWISE_KERNELS) if k in proof.schedules]
+    for schedule, pass_ in dict.fromkeys((k.schedule, k.pass_) for k in kernels):
+        rows = []
+        for k in kernels:
+            if (k.schedule, k.pass_) != (schedule, pass_):
+                continue
+            used, spills, stack, compiled = _of_architectures(proof, found.get(k, []))
+            H, shared = reference_plan(k) if schedule != "stepwise" else (0, 0)
+            caught, mutants = proof.score(k)
+            rows.append(
+                [
+                    *(k.cell, k.dtype, used, spills, stack),
+                    f"{-(-shared // 1024)} KiB, H={H}" if shared else "0",
+                    compiled,
+                    proof.schedules[k] or NOT_YET,
+                    f"{caught} of {mutants}" if mutants else "nothing to mutate",
+                    dates.get((schedule, k.cell, k.dtype), NOT_YET),
+                ]
+            )
+        head = ["cell", "dtype", registers, "spills", "stack", "shared memory", "compiled for"]
+        yield f"### {schedule.capitalize()} {pass_}\n"
+        yield _table([*head, "schedules emulated", "mutants caught", "run on a GPU"], rows) + "\n"
+    yield "### Helpers\n"
+    yield "They belong to no cell. The emulator runs them with those that need them.\n"
+    helpers: dict[str, list[Resources]] = {}
+    for r in proof.resources:
+        if not r.kernel:
+            helpers.setdefault(r.name, []).append(r)
+    rows = [[f"`{name}`", *_of_architectures(proof, helpers[name])] for name in sorted(helpers)]
+    yield _table(["kernel", registers, "spills", "stack", "compiled for"], rows) + "\n"
+
+
+def _site_table(proof: Proof) -> str:
+    rows = []
+    for site, operation in proof.sites.items():
+        columns = []
+        for weakened in (False, True):
+            found = [how for m, how in proof.verdicts.items() if (m.site, m.weakened) == (site, weakened)]
+            ways = ", ".join(f"{how} {n}" for how, n in sorted(Counter(found).items()) if how)
+            counted = f"{sum(map(bool, found))} of {len(found)}"
+            columns.append((f"{counted}: {ways}" if ways else counted) if found else "no such form")
+        rows.append([f"`{site}`", f"`{operation}`", *columns])
+    return _table(["place", "operation", "left out", "weakened"], rows)
+
+
+def text(proof: Proof) -> str:
+    """The whole document."""
+    caught, mutants = sum(map(bool, proof.verdicts.values())), len(proof.verdicts)
+    failures = "".join(f"- {failure.splitlines()[0]}\n" for failure in proof.failures)
+    introduction = INTRODUCTION.format(
+        holds=f"**Not all of it holds:**\n\n{failures}" if failures else "All of it holds.\n",
+        compiler=proof.compiler,
+        targets=", ".join(f"sm_{a}" for a in proof.architectures),
+        kernels=len(proof.resources),
+        spilling=sum(r.spills > 0 for r in proof.resources),
+        stacked=sum(r.stack > 0 for r in proof.resources),
+        B=REFERENCE_B,
+        sizes=", ".join(map(str, REFERENCE_SIZES)),
+        schedules=proof.schedules.total(),
+        sites=len(proof.sites),
+        caught=caught,
+        mutants=mutants,
+        percent=f"{100 * caught / max(mutants, 1):.4g}",
+    )
+    return "\n".join([introduction, _site_table(proof), "\n## Kernels\n", *_kernel_tables(proof)])
