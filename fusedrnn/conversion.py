@@ -97,14 +97,10 @@ def _replace(model: nn.Module, *, to_fused: bool) -> Report:
     report = Report()
     for name, module in _recurrent(model):
         target = _target(module, type(module), to_fused)
-        if isinstance(target, type):
-            try:
-                module.__class__ = target
-            except TypeError as error:  # a subclass with slots
-                target = str(error)
         if isinstance(target, str):
             report.left[name] = target
             continue
+        module.__class__ = target
         report.replaced[name] = _public_name(target)
         if not to_fused and isinstance(module, RNNBase):
             module.flatten_parameters()  # cuDNN wants them in one block, which ours do without
