@@ -176,8 +176,8 @@ for threads in (1, 2):
         ("gru", 1, 3, 33, 40),
         ("rnn_tanh", 2, 4, 1, 130),
         ("lstm", 1, 1, 9, 16, 5),
-        ("gru", 150, 1, 9, 48),
-        ("rnn_relu", 40, 9, 20, 17),
+        ("gru", 20, 9, 9, 48),
+        ("rnn_relu", 17, 9, 20, 17),
     ):
         for packed in (False, True):
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)):
