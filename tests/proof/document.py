@@ -28,7 +28,7 @@ INTRODUCTION = """\
 Written by `make proof`; to change it, change what it is about. {holds}
 - **Compiled.** Every instantiation, by {compiler}, for {targets}.
   Registers, spills and stack, in bytes of a thread, are what `ptxas -v` says.
-  Of {kernels} kernels {spilling} spill and {stacked} have a stack frame.
+  Of {kernels} kernels, each compiled for each of these, {spilling} spill and {stacked} have a stack frame.
   Shared memory is that of a block in the plan for an H200, for B={B} and the largest H of {sizes}
   that has one; none is static.
 - **Emulated.** The same sources, compiled for the CPU, with a fiber for each CUDA thread: under
@@ -203,9 +203,9 @@ def text(proof: Proof) -> str:
         holds=f"**Not all of it holds:**\n\n{failures}" if failures else "All of it holds.\n",
         compiler=proof.compiler,
         targets=", ".join(f"sm_{a}" for a in proof.architectures),
-        kernels=len(proof.resources),
-        spilling=sum(r.spills > 0 for r in proof.resources),
-        stacked=sum(r.stack > 0 for r in proof.resources),
+        kernels=len({(r.name, r.kernel) for r in proof.resources}),
+        spilling=len({(r.name, r.kernel) for r in proof.resources if r.spills}),
+        stacked=len({(r.name, r.kernel) for r in proof.resources if r.stack}),
         B=REFERENCE_B,
         sizes=", ".join(map(str, REFERENCE_SIZES)),
         schedules=proof.schedules.total(),

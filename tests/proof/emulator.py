@@ -178,7 +178,9 @@ class Outcome:
     report: str = ""
 
     def __str__(self) -> str:
-        return f"{' '.join(self.command)}\n{self.finding or 'ok'}: {self.report}"
+        called = " ".join([Path(self.command[0]).name, *self.command[1:]])
+        said = self.report.strip("=\n")  # a sanitizer's begins with a line of these
+        return f"{self.finding or 'ok'}: {called}: {said}"
 
 
 def run_program(command: list[str]) -> Outcome:
