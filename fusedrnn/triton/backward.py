@@ -13,6 +13,7 @@ import triton.language as tl
 from .sequence import (
     ONE_STEP,
     PATIENCE,
+    alive_at,
     arrive,
     as_operand,
     first_row,
@@ -96,8 +97,8 @@ def persistent_backward(
     for s in tl.range(first_step, tl.minimum(end_step, longest + 1), num_stages=1):
         t = tl.where(backwards, s, longest - 1 - s)
         before = tl.where(backwards, t + 1, t - 1)
-        alive = ((t >= 0) & (t < length))[:, None] & real
-        started = ((before >= 0) & (before < length))[:, None]
+        alive = alive_at(t, length, T)[:, None] & real
+        started = alive_at(before, length, T)[:, None]
         row = first_row(steps, t, T, B, PACKED) * N
         row_before = first_row(steps, before, T, B, PACKED) * N
         x, x_h = (), ()
@@ -125,7 +126,7 @@ def persistent_backward(
                 sums = _multiply(as_operand(handed[g]), held[g], sums, g, G, PRECISION)
         else:
             later = tl.where(backwards, t - 1, t + 1)
-            done = ((later >= 0) & (later < length))[:, None]
+            done = alive_at(later, length, T)[:, None]
             dgh_later = dgh + first_row(steps, later, T, B, PACKED) * N * G * H
             dgh_later += (b * N + n)[:, None] * (G * H)
             if ALONE:

@@ -12,6 +12,7 @@ import triton.language as tl
 from .sequence import (
     ONE_STEP,
     PATIENCE,
+    alive_at,
     arrive,
     as_operand,
     first_row,
@@ -98,7 +99,7 @@ def persistent_forward(
             sums = _multiply(h, held, 0, sums, G, PRECISION)
         else:
             before = tl.where(backwards, t + 1, t - 1)
-            started = (before >= 0) & (before < length)
+            started = alive_at(before, length, T)
             y_before = y + first_row(steps, before, T, B, PACKED) * N * H
             h_before = tl.where(started, y_before + (b * N + n) * H, h0 + (n * B + b) * H)[:, None]
             if ALONE:

@@ -13,7 +13,7 @@ _WARP_UNITS = 8  # and its columns, so many for each warp
 _MOST_HELD = 1024  # units of K: products with weights on chip are unrolled
 # The compiler saves registers so that programs can share a multiprocessor, and spills for it; but they do not
 # come to share one. Told so, in a forward pass of several chunks it loads all of them at once and spills too,
-# and with operands of four bytes it needs a few more than these.
+# and with operands of tf32 it needs a few more than these.
 _REGISTERS = 224
 _RESERVED = 12 << 10  # bytes of shared memory for operands and for changes of layout
 _NEAR = 4.0  # a plan that the model expects to take longer, relative to the best, is not worth trying
@@ -108,7 +108,7 @@ def persistent_plans(problem: Problem, device: Device) -> list[Plan]:
         if not p.tensor_cores or p.H > _MOST_HELD or held > fits:
             block_k, chunks = 128 // p.element_bytes if p.tensor_cores else 16, 0
         several = chunks > 1 and not p.backward
-        registers = 0 if several or p.element_bytes == 4 else _REGISTERS
+        registers = 0 if several or (p.element_bytes == 4 and p.tensor_cores) else _REGISTERS
         stages = 3 if p.tensor_cores else 1  # products without them take longer than their loads
         plan = Plan("grid", 0, slices, chunks, rows, units, block_k, stages, units // _WARP_UNITS, registers)
         at_once = min(plan.groups(p), device.multiprocessors // slices)

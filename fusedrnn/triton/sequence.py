@@ -64,6 +64,12 @@ def first_row(steps, t, T, B, PACKED: tl.constexpr):
 
 
 @inline
+def alive_at(t, length, T):
+    """Which sequences have a step t; none, if it is before the first."""
+    return tl.where(t >= 0, t, T) < length
+
+
+@inline
 def narrow(x, E: tl.constexpr):
     """Rounds to E, to nearest even: the interpreter's own cast to bf16 truncates."""
     if E == tl.bfloat16 and INTERPRETED:  # noqa: SIM300

@@ -215,10 +215,11 @@ def previous_rows(
     if PACKED:
         row = tl.load(steps + t)
         count = tl.load(steps + t + 1) - row
-        row_before = tl.load(steps + before, exists, 0)
-        count_before = tl.load(steps + before + 1, exists, 0) - row_before
+        inside = tl.minimum(tl.maximum(before, 0), T - 1)
+        row_before = tl.load(steps + inside)
+        count_before = tl.load(steps + inside + 1) - row_before
     alive = b < count
-    started = alive & exists & (b < count_before)
+    started = b < tl.where(exists, tl.minimum(count_before, count), 0)
     value = tl.load(h0 + (n * B + b) * P + u, alive, 0.0)
     earlier = tl.load(y + ((row_before + b) * N + n) * P + u, started, 0.0)
     tl.store(out + ((row + b) * N + n) * P + u, tl.where(started, earlier, value), alive)
