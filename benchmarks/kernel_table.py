@@ -243,7 +243,7 @@ def _measure(
             if has_peer and mode == "inference":
                 run_peer = peer.make_call(cell, builtin, inputs.x, inputs.state)
                 row.peer_times, row.beside_peer_times = timing.interleave(
-                    [run_peer, run_ours], device, seconds=share, **least, pause=0.004
+                    [run_peer, run_ours], device, seconds=share, **least, settle=0.02
                 )
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)

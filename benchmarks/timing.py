@@ -74,7 +74,7 @@ def interleave(
     warmup: int = 2,
     min_rounds: int = 5,
     max_rounds: int = 150,
-    pause: float = 0.0,
+    settle: float = 0.0,
 ) -> list[list[float]]:
     """Times the calls in turn, so that whatever else the machine does meets all of them alike.
 
@@ -88,8 +88,9 @@ def interleave(
         warmup: rounds that are not recorded.
         min_rounds: rounds that are recorded however long they take.
         max_rounds: rounds after which more would not tell more.
-        pause: seconds to sleep before each call, for thread pools of different libraries: the threads of each
-            wait for more work in a loop for a while, and would take the cores from the next.
+        settle: seconds for which each call is repeated before the run that counts, for calls that use
+            different thread pools: the threads of each wait for more work in a loop for a while, and after
+            that it takes the system some more time to give every thread of the next a core of its own.
 
     Returns:
         For each call its seconds, one value per round: values of the same index were measured side by side.
@@ -105,8 +106,9 @@ def interleave(
                 break
             for j in range(len(calls)):
                 k = (i + j) % len(calls)
-                if pause:
-                    time.sleep(pause)
+                settled = Deadline(settle)
+                while settled.left > 0:
+                    calls[k]()
                 samples[k].append(clock(calls[k], device))
     return samples
 
