@@ -103,12 +103,6 @@ int64_t groups_at_once(const PersistentPlan& plan, const GpuDevice& device) {
   return std::max(1, device.multiprocessors / plan.slices);
 }
 
-// For a step of all groups.
-double cycles_of(const PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device) {
-  return step_cycles(plan, problem) *
-         static_cast<double>(ceil_divide(groups_of(plan, problem), groups_at_once(plan, device)));
-}
-
 bool grants(const GpuDevice& device, Exchange exchange, int64_t slices) {
   if (slices > device.multiprocessors) return false;
   switch (exchange) {
@@ -124,6 +118,17 @@ bool grants(const GpuDevice& device, Exchange exchange, int64_t slices) {
 }
 
 }  // namespace
+
+double cycles_of(const PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device) {
+  return step_cycles(plan, problem) *
+         static_cast<double>(ceil_divide(groups_of(plan, problem), groups_at_once(plan, device)));
+}
+
+double stepwise_cycles(const GpuProblem& problem, const GpuDevice& device) {
+  const auto [pass, N, B, H] = problem;
+  const double rate = (pass.register_steps > 0 ? 2048 : 128) * kWholeProduct * device.multiprocessors;
+  return kStepLaunches * (N + 1) + 1.0 * pass.m_tiles * pass.published * N * H * H * B / rate;
+}
 
 std::vector<PersistentPlan> plan_persistent(const GpuProblem& problem, const GpuDevice& device) {
   const auto [pass, N, B, H] = problem;
@@ -175,10 +180,7 @@ bool complete(PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& 
 }
 
 bool stepwise_is_faster(const PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device) {
-  const auto [pass, N, B, H] = problem;
-  const double rate = (pass.register_steps > 0 ? 2048 : 128) * kWholeProduct * device.multiprocessors;
-  const double products = 1.0 * pass.m_tiles * pass.published * N * H * H * B / rate;
-  return cycles_of(plan, problem, device) > kStepLaunches * (N + 1) + products;
+  return cycles_of(plan, problem, device) > stepwise_cycles(problem, device);
 }
 
 std::vector<int64_t> balanced_rows(const Steps& steps, int64_t chunks) {

@@ -89,6 +89,10 @@ std::vector<PersistentPlan> plan_persistent(const GpuProblem& problem, const Gpu
 // Whether the kernels and the device can have a plan; sets its groups if so.
 bool complete(PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device);
 
+// Clock cycles of a step of all groups, as that model has it; by a plan, and by the stepwise schedule.
+double cycles_of(const PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device);
+double stepwise_cycles(const GpuProblem& problem, const GpuDevice& device);
+
 // Whether that model expects the stepwise schedule to be done first: large batches of large cells fill the
 // device with each step.
 bool stepwise_is_faster(const PersistentPlan& plan, const GpuProblem& problem, const GpuDevice& device);
@@ -105,6 +109,12 @@ FUSEDRNN_HD int64_t k_steps_of_warp(const PersistentPlan& plan, const Persistent
 FUSEDRNN_HD constexpr int held_steps(Exchange exchange, const PersistentPass& pass) {
   if (exchange != Exchange::kGrid || pass.register_steps == 0) return pass.register_steps;
   return pass.register_steps - (pass.m_tiles == 1 ? 8 : 1);
+}
+
+// Bytes of weights that the registers of a block hold; the rest of its share is in shared memory.
+FUSEDRNN_HD int64_t register_bytes(const PersistentPlan& plan, const PersistentPass& pass) {
+  const int64_t held = held_steps(plan.exchange, pass), steps = k_steps_of_warp(plan, pass);
+  return (held < steps ? held : steps) * plan.unit_tiles * plan.k_splits * pass.m_tiles * 512;
 }
 
 FUSEDRNN_HD SharedLayout shared_layout(const PersistentPlan& plan, const PersistentPass& pass) {

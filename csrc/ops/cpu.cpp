@@ -183,6 +183,14 @@ Gradients backward(const Call& call, const Incoming& incoming) {
                                             : backward<float>(call, incoming);
 }
 
+// Threads, chunks of the batch, slices of the hidden units, bytes of a vector: both passes have the same.
+std::vector<int64_t> plan_of(const Call& call, bool) {
+  const Threads threads(call);
+  const ResidentPlan plan = call.compute == ScalarType::Double ? plan_for<double>(call, threads).first
+                                                               : plan_for<float>(call, threads).first;
+  return {threads.count, plan.row_chunks, plan.unit_slices, kernels().vector_bytes};
+}
+
 }  // namespace fusedrnn
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) { fusedrnn::define_ops(m); }

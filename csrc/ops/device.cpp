@@ -178,6 +178,11 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   return gradients_of(call, incoming, sweep);
 }
 
+std::vector<int64_t> plan_of(const Call& call, bool backward) {
+  const OnDevice place(call);
+  return candidates(call, backward, place);
+}
+
 }  // namespace fusedrnn
 
 #if defined(FUSEDRNN_EMULATOR)

@@ -49,6 +49,14 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
   return {g.dx, g.dstate, g.dweight_ih, g.dweight_hh, g.dbias_ih, g.dbias_hh, g.dweight_hr};
 }
 
+std::vector<int64_t> plan(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
+                          Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
+                          std::optional<Tensor> batch_sizes, bool tf32, bool backward) {
+  return plan_of(
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
+      backward);
+}
+
 }  // namespace
 
 void define_ops(torch::stable::detail::StableLibrary& library) {
@@ -58,12 +66,14 @@ void define_ops(torch::stable::detail::StableLibrary& library) {
               ", Tensor y, Tensor[] saved, Tensor? dy, Tensor[] dfinal, bool need_dx, bool need_dweights) -> "
               "(Tensor dx, Tensor[] dstate, Tensor[] dweight_ih, Tensor[] dweight_hh, Tensor[] dbias_ih, "
               "Tensor[] dbias_hh, Tensor[] dweight_hr)");
+  library.def("plan(" FUSEDRNN_LAYER ", bool backward) -> int[]");
 }
 
 void implement_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("sequence", TORCH_BOX(&sequence));
   library.impl("sequence_forward", TORCH_BOX(&sequence_forward));
   library.impl("sequence_backward", TORCH_BOX(&sequence_backward));
+  library.impl("plan", TORCH_BOX(&plan));
 }
 
 }  // namespace fusedrnn

@@ -1,4 +1,4 @@
-// The three ops, and what each library that has them must define: forward and backward of a checked call.
+// The ops, and what each library that has them must define: forward, backward and plan of a checked call.
 // libfusedrnn_cpu has cpu.cpp; libfusedrnn_cuda and libfusedrnn_emulator have device.cpp.
 #pragma once
 
@@ -26,6 +26,9 @@ struct Gradients {
 
 Outputs forward(const Call& call, bool training);
 Gradients backward(const Call& call, const Incoming& incoming);
+
+// By which plan the pass of a call would run, as fusedrnn/explain.py reads it.
+std::vector<int64_t> plan_of(const Call& call, bool backward);
 
 // For the body of STABLE_TORCH_LIBRARY and STABLE_TORCH_LIBRARY_IMPL.
 void define_ops(torch::stable::detail::StableLibrary& library);

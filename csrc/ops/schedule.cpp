@@ -1,6 +1,8 @@
 #include "schedule.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -168,6 +170,37 @@ std::optional<PersistentPlan> choose_plan(const Call& call, bool backward, const
     log_once(describe(call, backward) + ": " + choice.why + "; it runs " +
              (choice.plan ? "as a " + describe(*choice.plan) : "step by step"));
   return choice.plan;
+}
+
+std::vector<int64_t> candidates(const Call& call, bool backward, const Place& place) {
+  const std::optional<PersistentPlan> chosen = choose_plan(call, backward, place);
+  const GpuDevice device = device_limits();
+  std::vector<int64_t> figures{
+      device.multiprocessors, device.shared_bytes, device.max_cluster, device.cooperative, -1, 0};
+  const Number number = number_of(call.dtype);
+  if (number == Number::kDouble || call.projected()) return figures;
+  const GpuProblem problem{pass_of(call.id, number, call.tf32, backward), call.N, call.B, call.H};
+  figures[5] = std::llround(stepwise_cycles(problem, device));
+  std::vector<PersistentPlan> plans = plan_persistent(problem, device);
+  const auto is_chosen = [&](const PersistentPlan& plan) {
+    const auto key = [](const PersistentPlan& p) {
+      return std::tuple(p.exchange, p.slices, p.unit_tiles, p.k_splits, p.batch_tiles);
+    };
+    return chosen && key(plan) == key(*chosen);
+  };
+  // One that FUSEDRNN_SCHEDULE asks for by its tiles need not be among the planner's.
+  if (chosen && std::none_of(plans.begin(), plans.end(), is_chosen)) plans.push_back(*chosen);
+  for (const PersistentPlan& plan : plans) {
+    constexpr int64_t kHead = 6, kFigures = 10;
+    if (is_chosen(plan)) figures[4] = (std::ssize(figures) - kHead) / kFigures;
+    const bool kept = resident(plan, backward, call.id, number, call.tf32);
+    for (int64_t figure : {int64_t(plan.exchange), int64_t{plan.slices}, int64_t{plan.unit_tiles},
+                           int64_t{plan.k_splits}, int64_t{plan.batch_tiles}, int64_t{plan.groups},
+                           shared_layout(plan, problem.pass).bytes, register_bytes(plan, problem.pass),
+                           int64_t{std::llround(cycles_of(plan, problem, device))}, int64_t{kept}})
+      figures.push_back(figure);
+  }
+  return figures;
 }
 
 void launch(const Call& call, const Forward& forward, const PersistentPlan& plan, const Place& place) {
