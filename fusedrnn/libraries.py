@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -9,32 +10,38 @@ import torch
 
 from . import env
 
-_FOLDER = Path(__file__).parent / "lib"
-_EMULATOR = "libfusedrnn_emulator.so"
+FOLDER = Path(__file__).parent / "lib"
+CPU, CUDA = "libfusedrnn_cpu.so", "libfusedrnn_cuda.so"
+EMULATOR = "libfusedrnn_emulator.so"
 
 
-@cache
+_set_aside: dict[str, str] = {}
+
+
+def set_aside(name: str, why: str) -> None:
+    """Makes a library that was loaded one that cannot be used."""
+    _set_aside[name] = f"{name} {why}"
+
+
 def cpu_reason() -> str:
     """Why the CPU kernels cannot be used; empty if they can."""
-    return _load("libfusedrnn_cpu.so")
+    return _reason(CPU)
 
 
-@cache
 def cuda_reason() -> str:
     """Why the CUDA library cannot be used; empty if it can."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return cpu_reason() or _load("libfusedrnn_cuda.so")
+    return cpu_reason() or _reason(CUDA)
 
 
-@cache
 def emulator_reason() -> str:
     """Why the CUDA kernels cannot be run on the CPU; empty if they can."""
-    if not (_FOLDER / _EMULATOR).exists():
-        return f"{_EMULATOR} is built only with FUSEDRNN_EMULATOR=1, for tests"
-    return _load(_EMULATOR)
+    if not (FOLDER / EMULATOR).exists():
+        return f"{EMULATOR} is built only with FUSEDRNN_EMULATOR=1, for tests"
+    return _reason(EMULATOR)
 
 
 @cache
@@ -47,7 +54,7 @@ def triton_reason() -> str:
 
         if env.interpreted():
             import numpy as np
-    except ImportError as error:
+    except Exception as error:  # of whatever kind: a damaged one must not take this package with it
         return f"triton could not be imported: {error}"
     version = _version(triton.__version__)
     if version < (3, 6):
@@ -60,12 +67,21 @@ def triton_reason() -> str:
 
 
 def _version(name: str) -> tuple[int, int]:
-    major, minor, *_ = name.split(".")
+    major, minor = re.findall(r"\d+", name)[:2]
     return int(major), int(minor)
 
 
+def _reason(name: str) -> str:
+    return _set_aside.get(name) or _load_once(name)
+
+
+@cache
+def _load_once(name: str) -> str:
+    return _load(name)
+
+
 def _load(name: str) -> str:
-    path = _FOLDER / name
+    path = FOLDER / name
     if not path.exists():
         return f"{name} was not built; reinstall with: pip install --no-build-isolation fusedrnn"
     try:

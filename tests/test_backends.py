@@ -215,7 +215,7 @@ def test_environment_variable_forces_a_backend():
 
 
 def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    monkeypatch.setattr(libraries, "FOLDER", tmp_path)
     assert "was not built" in libraries._load("libfusedrnn_cpu.so")
     (tmp_path / "libfusedrnn_cpu.so").write_bytes(b"not a library")
     assert "FUSEDRNN_EMULATOR=1" in libraries.emulator_reason.__wrapped__()
