@@ -14,8 +14,23 @@ from torch.nn.utils.rnn import PackedSequence
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the triton backend on the CPU; read once, with fusedrnn
 
 import fusedrnn
+from fusedrnn import functional
 
+from .features import declared
+
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all tests, also those that -k leaves out
 BACKENDS = ("reference", "torch", "cpu", "emulator")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "feature(name, nn=, backends=): shows a feature of docs/features.md; see tests/features.py"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +43,28 @@ def _fp32_means_fp32() -> Iterator[None]:
     """Products of the CUDA kernels, which the emulator runs, would else take tf32 operands."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _shown_where_it_is_said(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A test that is marked with a feature fails unless the backends that the mark names served it."""
+    said = {backend for _, _, backends in declared(request.node) for backend in backends}
+    if not said:
+        yield
+        return
+    served, make_plan = set(), functional.make_plan
+
+    def spy(*args: Any) -> Any:
+        plan = make_plan(*args)
+        if not torch.compiler.is_compiling():
+            served.add(plan.backend)
+        return plan
+
+    monkeypatch.setattr(functional, "make_plan", spy)
+    yield
+    assert said <= served, f"marked as shown on {sorted(said)}, served by {sorted(served)}"
 
 
 @pytest.fixture(params=BACKENDS)

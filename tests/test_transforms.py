@@ -38,6 +38,7 @@ def outputs(module: nn.Module, flat: Callable) -> Callable[[Tensor], tuple[Tenso
     return lambda x: tuple(flat(module(x)))
 
 
+@pytest.mark.feature("forward mode", backends=["reference"])
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_forward_mode(kind: str, flat: Callable) -> None:
     module, x = build(kind), sample(kind)
@@ -142,6 +143,9 @@ def test_ensemble(kind: str, flat: Callable) -> None:
             torch.testing.assert_close(parameters[name].grad[i], b)
 
 
+@pytest.mark.feature(
+    "forward mode", nn="not by oneDNN, which CPU tensors of an LSTM get", backends=["reference"]
+)
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_second_order_transforms(name: str) -> None:
     """Forward over reverse over a layer, and both Jacobians, as torch.nn has them."""

@@ -1,0 +1,109 @@
+"""What the package can do, and where: ``docs/features.md``, made of the marks of the tests.
+
+A test that shows a feature is marked ``@pytest.mark.feature(name, nn=..., backends=[...])``. The mark says on
+which backends the test shows it, and the test fails unless they served it (``tests/conftest.py``). ``nn``, in
+at least one test of every feature, is what the test shows of ``torch.nn``. ``python -m tests.features``
+collects the tests and writes the page; ``--check`` only says whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "features.md"
+# Backends that tests force, and what they are in the table: the emulator runs the kernels of cuda.
+COLUMNS = {"cpu": "cpu", "emulator": "cuda", "triton": "triton", "torch": "torch", "reference": "reference"}
+# By section, the features, and the line that the page has for each.
+FEATURES: dict[str, dict[str, str]] = {
+    "Derivatives": {
+        "forward mode": "`torch.func.jvp` and everything made of it",
+    },
+}
+_HEAD = """\
+# Features
+
+Made by `python -m tests.features` from the marks of the tests, which fail unless what they say is so.
+
+**torch.nn**: whether `torch.nn` has it, as a test shows by its values or by its error. The other columns are
+the backends of fusedrnn: ● a test shows it there; empty: no test does. `cuda` is shown in the emulator and
+`triton` in its interpreter, both on a CPU ([neither has been run on a GPU](proof.md)); `torch` is the
+built-in as a backend, `reference` what serves a call that the kernels cannot.
+"""
+
+
+def declared(item: pytest.Item) -> list[tuple[str, str | None, tuple[str, ...]]]:
+    """The marks of a test: feature, what it shows of torch.nn, and the backends it shows it on."""
+    result = []
+    for mark in item.iter_markers("feature"):
+        unknown = mark.kwargs.keys() - {"nn", "backends"}
+        if len(mark.args) != 1 or unknown:
+            raise pytest.UsageError(f"{item.nodeid}: feature(name, nn=..., backends=[...]), got {mark}")
+        name = mark.args[0]
+        if not any(name in names for names in FEATURES.values()):
+            raise pytest.UsageError(f"{item.nodeid}: tests/features.py has no feature {name!r}")
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        backends = mark.kwargs.get("backends")
+        if backends is None:
+            backends = [parameters["backend"]] if "backend" in parameters else ["cpu"]
+        result.append((name, mark.kwargs.get("nn"), tuple(backends)))
+    return result
+
+
+def page(items: Iterable[pytest.Item]) -> str:
+    """The text of ``docs/features.md``.
+
+    Raises:
+        pytest.UsageError: a feature that no test shows, or of whose place in torch.nn tests say nothing or
+            different things.
+    """
+    builtin: dict[str, set[str]] = {}
+    backends: dict[str, set[str]] = {}
+    for item in items:
+        for name, nn, served in declared(item):
+            builtin.setdefault(name, set()).update([nn] if nn else [])
+            backends.setdefault(name, set()).update(served)
+    lines = [_HEAD.rstrip()]
+    for section, features in FEATURES.items():
+        columns = list(COLUMNS.values())
+        lines += ["", f"## {section}", "", f"| | | torch.nn | {' | '.join(columns)} |"]
+        lines += [f"|---|---|{':-:|' * (1 + len(columns))}"]
+        for name, text in features.items():
+            if name not in builtin:
+                raise pytest.UsageError(f"{name!r}: no test shows it")
+            if len(builtin[name]) != 1:
+                said = ", ".join(sorted(builtin[name])) or "nothing"
+                raise pytest.UsageError(f"{name!r}: tests say of torch.nn {said}")
+            cells = ["●" if b in backends[name] else "" for b in COLUMNS]
+            lines.append(f"| **{name}** | {text} | {' | '.join([*builtin[name], *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+class _Collector:
+    items: list[pytest.Item]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.items = session.items
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the page, or with ``--check`` returns 1 if it is not as it would be written."""
+    collector, said = _Collector(), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        failed = pytest.main(["--collect-only", "-qq", str(Path(__file__).parent)], plugins=[collector])
+    if failed:
+        print(said.getvalue(), file=sys.stderr)
+        return int(failed)
+    text = page(collector.items)
+    if "--check" not in arguments:
+        PAGE.write_text(text)
+    return int(PAGE.read_text() != text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
