@@ -26,7 +26,7 @@ from fusedrnn import libraries
 from fusedrnn.cells import CELL_BY_ID, CELLS, Cell, register_cell
 from fusedrnn.functional import sequence
 from fusedrnn.triton import launch, ops, schedule
-from fusedrnn.triton.plan import Device, Plan, Problem, cost, persistent_plans, plans
+from fusedrnn.triton.plan import DEMANDS, Device, Plan, Problem, cost, explain, persistent_plans, plans
 from fusedrnn.triton.sequence import arrive, narrow, wait
 
 from . import triton_proof
@@ -236,18 +236,22 @@ def test_a_schedule_can_be_demanded(monkeypatch):
             "cannot run gru forward: float64 runs step by step",
         ),
         ("grid", make_problem("lstm", Shape(2, 2, 3, 4, 2), dtype=F32), "a projection runs step by step"),
-        ("block", f32, "FUSEDRNN_SCHEDULE=block cannot run gru forward: no such plan fits this device"),
-        ("cluster", f32, "FUSEDRNN_SCHEDULE=cluster: choose stepwise, block or grid"),
+        ("block", f32, "FUSEDRNN_SCHEDULE=block cannot run gru forward: ieee fp32 products are too slow"),
+        (
+            "cluster",
+            f32,
+            "FUSEDRNN_SCHEDULE=cluster: choose stepwise, block, grid, grid:16, grid:32 or grid:64",
+        ),
     ):
         monkeypatch.setenv("FUSEDRNN_SCHEDULE", demand)
         with pytest.raises(RuntimeError, match=message):
             problem.run("triton")
     used = []
     monkeypatch.setattr(launch, "forward", lambda call, f, plan, steps: used.append(plan) or call.state)
-    for demand in ("stepwise", "block", "grid"):
+    for demand in ("stepwise", "block", "grid", "grid:32"):
         monkeypatch.setenv("FUSEDRNN_SCHEDULE", demand)
         make_problem("gru", Shape(2, 2, 3, 40), dtype=BF16).run("triton")
-    assert [plan and plan.exchange for plan in used] == [None, "block", "grid"]
+    assert [plan and plan.name for plan in used] == [None, "block", "grid:16", "grid:32"]
 
 
 def test_the_fastest_plan_is_kept(monkeypatch):
@@ -303,6 +307,11 @@ def test_every_plan_fits(problem, device):
         assert p.tensor_cores or not plan.chunks  # no tile of ieee products is unrolled over all of K
     best, *others = plans(p, device)
     assert all(cost(best, p, device) <= cost(other, p, device) for other in others)
+    told = explain(p, device)
+    assert (told.schedule == "stepwise") == (best is None)
+    assert {*told.candidates, *told.rejected} - {"weights on chip"} == set(DEMANDS) - {"grid"}
+    assert (told.bytes_on_chip > 0) == bool(best and best.chunks)
+    assert told.bytes_on_chip <= device.multiprocessors * device.shared_bytes
 
 
 def test_plans_of_an_h200():
@@ -317,6 +326,41 @@ def test_plans_of_an_h200():
     assert best(512, tensor_cores=False).chunks == 0
     assert best(4096, 256) is None
     assert best(100, 0) is None
+
+
+def test_a_plan_is_explained():
+    wide = Problem(False, 4, 2, True, 1, 100, 512)
+    told = explain(wide, H200)
+    assert (told.schedule, told.exchange, told.candidates[0]) == ("persistent", "grid", "grid:32")
+    assert told.plan == "grid of 16 with 32 units of 16 sequences each, weights on chip"
+    assert told.tiles["slices"] * told.tiles["at_once"] <= H200.multiprocessors
+    assert (told.launches, told.tiles["at_once"]) == (1, 7)
+    assert told.bytes_on_chip == told.tiles["at_once"] * 4 * 512 * 512 * 2
+    assert "H=512 is above the 128 units" in told.rejected["block"]
+    assert "times as long" in told.rejected["stepwise"]
+    for problem, device, demand, chosen, name, why in (
+        (wide._replace(single_step=True), H200, None, "stepwise", "grid:16", "a single step does not repay"),
+        (wide._replace(double=True), H200, None, "stepwise", "block", "float64 runs step by step"),
+        (wide._replace(projected=True), H200, None, "stepwise", "grid:64", "a projection runs step by step"),
+        (wide._replace(B=0), H200, None, "stepwise", "block", "the batch is empty"),
+        (wide._replace(B=1 << 20), H200, None, "stepwise", "grid:16", "would not fit 32 bits"),
+        (wide, H200, "stepwise", "stepwise", "grid:32", "FUSEDRNN_SCHEDULE=stepwise"),
+        (wide, H200._replace(multiprocessors=9), None, "stepwise", "grid:16", "its 32 programs wait"),
+        (wide._replace(H=2048), H200, "grid", "persistent", "weights on chip", "H=2048 is above"),
+        (wide._replace(H=1000), Device(132, 99 << 10), "grid:64", "persistent", "weights on chip", "512 KiB"),
+        (wide._replace(tensor_cores=False), H200, None, "persistent", "weights on chip", "ieee fp32"),
+        (
+            wide._replace(H=100),
+            Device(132, 99 << 10),
+            None,
+            "persistent",
+            "block",
+            "128 KiB of a program, 87",
+        ),
+    ):
+        told = explain(problem, device, demand)
+        assert told.schedule == chosen
+        assert why in told.rejected[name]
 
 
 def test_waiting_ends_with_patience():

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from .. import env
 from .call import Call
-from .plan import Device, Plan, Problem, persistent_plans, plans
+from .plan import INTERPRETED, Device, Plan, Problem, choose, device_limits
 
-_INTERPRETED = Device(multiprocessors=132, shared_bytes=227 << 10)
-_DEMANDS = ("stepwise", "block", "grid")
 _TIMED_STEPS = 32
 _log = logging.getLogger(__name__)
 
@@ -53,41 +51,25 @@ def describe(call: Call, backward: bool) -> str:
 
 
 def _candidates(call: Call, backward: bool) -> list[Plan | None]:
-    demand = env.schedule()
-    if demand is not None and demand not in _DEMANDS:
-        raise RuntimeError(f"{env.SCHEDULE}={demand}: choose {', '.join(_DEMANDS[:-1])} or {_DEMANDS[-1]}")
-    if demand == "stepwise":
-        return [None]
-    if call.dtype == torch.float64:
-        why = "float64 runs step by step"
-    elif call.projected:
-        why = "a projection runs step by step"
-    else:
-        problem, device = _problem(call, backward), _device(call.x)
-        if demand is None:
-            # A single step does not repay loading the weights.
-            return plans(problem, device) if call.T > 1 else [None]
-        if found := [p for p in persistent_plans(problem, device) if p.exchange == demand]:
-            return [*found]
-        why = f"no such plan fits this device and hidden size {call.H}"
-    if demand is not None:
-        raise RuntimeError(f"{env.SCHEDULE}={demand} cannot run {describe(call, backward)}: {why}")
-    return [None]
+    return choose(_problem(call, backward), _device(call.x), env.schedule(), describe(call, backward))
 
 
 def _problem(call: Call, backward: bool) -> Problem:
-    tensor_cores = call.dtype != torch.float32 or call.tf32
-    return Problem(backward, call.G, call.x.element_size(), tensor_cores, call.N, call.B, call.H)
+    return Problem.of(
+        call.cell,
+        call.dtype,
+        backward=backward,
+        tf32=call.tf32,
+        T=call.T,
+        N=call.N,
+        B=call.B,
+        H=call.H,
+        projected=call.projected,
+    )
 
 
 def _device(x: Tensor) -> Device:
-    return _limits(x.device.index) if x.is_cuda else _INTERPRETED
-
-
-@cache
-def _limits(index: int) -> Device:
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Device(properties["multiprocessor_count"], properties["max_shared_mem"])
+    return device_limits(x.device.index) if x.is_cuda else INTERPRETED
 
 
 def _fastest(candidates: list[Plan | None], run_by: Callable[[Plan | None], Any]) -> Plan | None:
