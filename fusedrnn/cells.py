@@ -56,10 +56,26 @@ class Cell:
         return self.triton
 
 
-def _lstm(gx: Tensor, gh: Tensor, state: State) -> State:
+def lstm_step(
+    gx: Tensor,
+    gh: Tensor,
+    state: State,
+    peephole: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> State:
+    """One LSTM step: ``peephole`` ``[3, H]`` lets i, f and o see c, ``norm`` is what h sees of c."""
     i, f, g, o = (gx + gh).unbind(-2)
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    c = state[1]
+    if peephole is not None:
+        i, f = i + peephole[0] * c, f + peephole[1] * c
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    if peephole is not None:
+        o = o + peephole[2] * c
+    return o.sigmoid() * (c if norm is None else norm(c)).tanh(), c
+
+
+def _lstm(gx: Tensor, gh: Tensor, state: State) -> State:
+    return lstm_step(gx, gh, state)
 
 
 def _gru(gx: Tensor, gh: Tensor, state: State) -> State:

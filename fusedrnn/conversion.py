@@ -130,6 +130,8 @@ def _target(module: nn.Module, kind: Any, to_fused: bool) -> type | str:
     to = _FUSED if to_fused else _BUILTIN
     if "forward" in vars(module):
         return "its forward was replaced by another"
+    if not to_fused and (options := str(getattr(module, "_options", ""))):
+        return f"the built-in has no {options}"
     if kind in to:
         return to[kind]
     if kind in (_BUILTIN if to_fused else _FUSED):

@@ -14,6 +14,7 @@ from . import autocast, backend, builtin, env, onnx, ops, reference
 from .cells import Cell, get_cell
 from .checks import check
 from .plan import KERNELS, Plan, Problem, make_plan
+from .variation import PLAIN, Variation
 
 
 class Weights(NamedTuple):
@@ -70,9 +71,37 @@ def sequence(
         ValueError: unknown cell.
         RuntimeError: shapes, dtypes or devices do not fit, or the forced backend cannot serve the call.
     """
+    return layer(cell, x, state, weights, reverse=reverse, batch_sizes=batch_sizes)[:2]
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Weights,
+    *,
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+    variation: Variation = PLAIN,
+    all_states: bool = False,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Runs N recurrences as :func:`sequence` does, with what the modules have beyond it.
+
+    Args as :func:`sequence`, and:
+        variation: what the recurrences do beyond their cell.
+        all_states: whether to return the states of all steps.
+
+    Returns:
+        What :func:`sequence` returns, and with ``all_states`` for every state but ``h`` its values after each
+        step, ``[T, B, N, H]`` or ``[rows, N, H]``; else nothing that has a meaning.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`sequence`.
+    """
     spec = get_cell(cell)
-    plan = _plan(spec, x, weights, reverse, batch_sizes)
-    return _run(plan, spec, x, state, weights, reverse, batch_sizes, promote=batch_sizes is not None)
+    plan = _plan(spec, x, weights, reverse, batch_sizes, variation, all_states)
+    extras = (variation, all_states)
+    return _run(plan, spec, x, state, weights, reverse, batch_sizes, extras, promote=batch_sizes is not None)
 
 
 def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> list[Tensor]:
@@ -92,10 +121,10 @@ def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> lis
     """
     spec = get_cell(cell)
     x, stacked = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
-    plan = _plan(spec, x, weights, (False,), None)
+    plan = _plan(spec, x, weights, (False,), None, PLAIN, False)
     if plan.backend == "torch":
         return builtin.step(spec, x, stacked, weights)
-    _, final = _run(plan, spec, x, stacked, weights, (False,), None, promote=True)
+    _, final, _ = _run(plan, spec, x, stacked, weights, (False,), None, (PLAIN, False), promote=True)
     return [s.squeeze(0) for s in final]
 
 
@@ -107,26 +136,36 @@ def _run(
     weights: Weights,
     reverse: Sequence[bool],
     batch_sizes: Tensor | None,
+    extras: tuple[Variation, bool],
     *,
     promote: bool,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     device = x.device.type
     mixed = autocast.enabled(device)
     if plan.backend == "torch":
         check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=mixed)
-        return builtin.sequence(cell, x, state, *weights, batch_sizes)
-    run: Any = partial(ops.sequence, plan.backend) if plan.backend in KERNELS else reference.sequence
+        return *builtin.sequence(cell, x, state, *weights, batch_sizes), []
+    run: Any = partial(ops.sequence, plan.backend) if plan.backend in KERNELS else reference.layer
     if onnx.exporting():
-        run = onnx.sequence
+        variation, all_states = extras
+        if all_states or variation.names():
+            raise RuntimeError("ONNX has no recurrent operator with options of fusedrnn")
+        return *onnx.sequence(cell, x, state, *weights, reverse, batch_sizes), []
     if not mixed:
-        return run(cell, x, state, *weights, reverse, batch_sizes)
+        return run(cell, x, state, *weights, reverse, batch_sizes, *extras)
     args: Any = autocast.cast(cell, device, (x, state, *weights), promote=promote)
     with torch.autocast(device, enabled=False):
-        return run(cell, *args, reverse, batch_sizes)
+        return run(cell, *args, reverse, batch_sizes, *extras)
 
 
 def _plan(
-    cell: Cell, x: Tensor, weights: Weights, reverse: Sequence[bool], batch_sizes: Tensor | None
+    cell: Cell,
+    x: Tensor,
+    weights: Weights,
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+    variation: Variation,
+    all_states: bool,
 ) -> Plan:
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
@@ -150,6 +189,8 @@ def _plan(
         compiling=torch.compiler.is_compiling(),
         capability=_capability(x) if x.is_cuda else None,
         interpreted=env.interpreted(),
+        options=() if variation is PLAIN else variation.names(),
+        all_states=all_states,
     )
     return make_plan(problem, *_standing())
 

@@ -8,14 +8,14 @@ built-in's own ``forward``, which raises: type and message of an error are those
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import compiler, functional
+from . import compiler, functional, options, segments, stack
 from .functional import Weights
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -27,19 +27,53 @@ class _Layers(RNNBase):
     """What LSTM, GRU and RNN share: normalises the input, checks it and runs the layers in turn."""
 
     _states: ClassVar[int] = 1
+    _kind: ClassVar[str] = "RNN"
+    _options: options.Options = options.NONE  # of the class: a converted module has none
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        chosen = options.take(self._kind, kwargs)
+        super().__init__(*args, **kwargs)
+        if chosen is not options.NONE:
+            options.check(self, chosen)
+            self._options = chosen
+            options.add_parameters(self, chosen)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        options.initialise(self, self._options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), str(self._options))))
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are. Callers of the built-in's need it."""
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Any = None,
+        return_all_states: bool = False,
+    ) -> Any:
+        asked = _Asked(lengths, reset, reset_state, return_all_states)
         if _traced():
+            if not asked.nothing() or self._options is not options.NONE:
+                raise RuntimeError("TorchScript cannot trace what torch.nn does not have")
             return super().forward(input, hx)
         weights = self._layer_weights()
         run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
-        y, final = run(input, hx, weights)
-        return y, tuple(final) if self._states > 1 else final[0]
+        y, final, states = run(input, hx, weights, asked)
+        results = y, tuple(final) if self._states > 1 else final[0]
+        if not return_all_states:
+            return results
+        return *results, tuple(states) if self._states > 1 else states[0]
 
-    def _forward_padded(self, input: Tensor, hx: Any, weights: list[Weights]) -> tuple[Tensor, list[Tensor]]:
+    def _forward_padded(
+        self, input: Tensor, hx: Any, weights: list[Weights], asked: _Asked
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         rank = input.dim()
         if rank == 3:
             x = input.transpose(0, 1) if self.batch_first else input
@@ -55,14 +89,46 @@ class _Layers(RNNBase):
             self._refuse(input, hx)
         if state and [s.shape for s in state] != self._state_shapes(B):
             self._refuse(input, hx)
-        y, final = self._run(x, state, weights, B)
+        if asked.nothing():
+            y, final, states = self._run(x, state, weights, stack.Batch(B))
+        else:
+            y, final, states = self._run_asked(x, state, weights, rank, asked)
         if rank == 2:
-            return y.squeeze(1), [s.squeeze(1) for s in final]
-        return y.transpose(0, 1) if self.batch_first else y, final
+            return y.squeeze(1), [s.squeeze(1) for s in final], [s.squeeze(2) for s in states]
+        if self.batch_first:
+            return y.transpose(0, 1), final, [s.transpose(1, 2) for s in states]
+        return y, final, states
+
+    def _run_asked(
+        self, x: Tensor, state: list[Tensor], weights: list[Weights], rank: int, asked: _Asked
+    ) -> stack.Outcome:
+        """Runs all layers with lengths and resets, on ``[T, B, I]``."""
+        T, B, _ = x.shape
+        lengths, reset, reset_state, all_states = asked
+        if lengths is not None:
+            if rank == 2:
+                raise RuntimeError("lengths are those of a batch; the input is one sequence")
+            segments.check_lengths(lengths, T, B)
+        if reset is not None:
+            segments.check_reset(reset, (T,) if rank == 2 else (B, T) if self.batch_first else (T, B))
+            reset = reset[:, None] if rank == 2 else reset.t() if self.batch_first else reset
+        others = self._given_reset_state(reset, reset_state, x, rank)
+        if self._options.learn_initial_state:
+            state = state or options.initial_state(self, B)
+            others = others or (state if reset is None else options.initial_state(self, B))
+        if lengths is None and reset is None:
+            return self._run(x, state, weights, stack.Batch(B), all_states)
+        if T == 1:
+            run_one = stack.run_one_step
+            lengths, reset = (None if t is None else t.to(x.device) for t in (lengths, reset))
+            batch = stack.Batch(B, reset_state=others)
+            return run_one(self._stack(weights), x, state, batch, lengths, reset, all_states=all_states)
+        cuts = segments.cut(T, B, x.device, lengths, reset, bidirectional=self.bidirectional)
+        return self._run(x, state, weights, stack.Batch(B, None, cuts, others), all_states)
 
     def _forward_packed(
-        self, packed: PackedSequence, hx: Any, weights: list[Weights]
-    ) -> tuple[PackedSequence, list[Tensor]]:
+        self, packed: PackedSequence, hx: Any, weights: list[Weights], asked: _Asked
+    ) -> tuple[PackedSequence, list[Tensor], list[Tensor]]:
         x, batch_sizes, sorted_indices, unsorted_indices = packed
         # The built-in checks little of this and can answer with wrong numbers, so the errors are ours.
         if x.dim() != 2:
@@ -71,6 +137,8 @@ class _Layers(RNNBase):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(1)}"
             )
+        if asked.lengths is not None or asked.reset is not None or asked.reset_state is not None:
+            raise ValueError("lengths and reset are for padded input; packed input has lengths of its own")
         _check_batch_sizes(batch_sizes, x.size(0))
         state = self._given_state(hx)
         B = _packed_batch(packed, state)
@@ -81,51 +149,44 @@ class _Layers(RNNBase):
                 )
         if state is None:
             self._refuse(packed, hx)
-        for i, (s, shape) in enumerate(zip(state, self._state_shapes(B), strict=False)):
-            which = f"hidden[{i}]" if self._states > 1 else "hidden"
-            self.check_hidden_size(s, shape, f"Expected {which} size {{}}, got {{}}")
+        self._check_state(state, B, "hidden")
         if not _alike(x, weights[0].ih[0], state):
             self._refuse(packed, hx)
         if sorted_indices is not None:
             state = [s.index_select(1, sorted_indices) for s in state]
-        y, final = self._run(x, state, weights, B, batch_sizes.contiguous())
+        batch = stack.Batch(B, batch_sizes.contiguous())
+        y, final, states = self._run(x, state, weights, batch, asked.return_all_states)
         if unsorted_indices is not None:
             final = [s.index_select(1, unsorted_indices) for s in final]
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), final
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), final, states
 
     def _run(
         self,
         x: Tensor,
         state: list[Tensor],
         weights: list[Weights],
-        B: int,
-        batch_sizes: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs all layers on ``[T, B, I]`` or packed rows; no ``state`` means zeros."""
-        cell, reverse = _CELLS[self.mode], [False, True] if self.bidirectional else [False]
-        layers, D = len(weights), len(reverse)
-        if not state:
-            # All layers start from the same tensors: nothing writes to an initial state.
-            zeros = x.new_zeros(D, B, self.hidden_size)
-            initial = [[zeros] * self._states] * layers
-            if self.proj_size:
-                initial = [[x.new_zeros(D, B, self.proj_size), zeros]] * layers
-        elif layers == 1:
-            initial = [state]
-        else:
-            initial = [list(s) for s in zip(*[s.split(D) for s in state], strict=True)]
-        p = self.dropout if self.training else 0.0
-        finals = []
-        for layer in range(layers):
-            if p and layer:
-                x = torch.dropout(x, p, True)
-            x, final = functional.sequence(
-                cell, x, initial[layer], weights[layer], reverse=reverse, batch_sizes=batch_sizes
-            )
-            finals.append(final)
-        if layers == 1:
-            return x, finals[0]
-        return x, [torch.cat(s) for s in zip(*finals, strict=True)]
+        batch: stack.Batch,
+        all_states: bool = False,
+    ) -> stack.Outcome:
+        """Runs all layers on ``[T, B, I]`` or packed rows; no ``state`` means zeros, or what was learned."""
+        if self._options.learn_initial_state and not state:
+            state = options.initial_state(self, batch.B)
+        return stack.run(self._stack(weights), x, state, batch, all_states=all_states)
+
+    def _stack(self, weights: list[Weights]) -> stack.Stack:
+        chosen = self._options
+        return stack.Stack(
+            _CELLS[self.mode],
+            self._states,
+            weights,
+            [False, True] if self.bidirectional else [False],
+            self.hidden_size,
+            self.proj_size,
+            self.dropout if self.training else 0.0,
+            chosen,
+            () if chosen.plain else options.variations(self, chosen),
+            self.training,
+        )
 
     def _layer_weights(self) -> list[Weights]:
         # Read at every call, and once: a parametrization computes its tensor at each read, and weight_norm,
@@ -154,6 +215,29 @@ class _Layers(RNNBase):
         state = list(hx)
         return state if len(state) == self._states and all(isinstance(s, Tensor) for s in state) else None
 
+    def _given_reset_state(
+        self, reset: Tensor | None, reset_state: Any, x: Tensor, rank: int
+    ) -> list[Tensor]:
+        """What states are set to, empty if not given."""
+        if reset_state is None:
+            return []
+        if reset is None:
+            raise ValueError("reset_state says what a reset sets the state to: it needs reset")
+        state = self._given_state(reset_state, stacked=rank == 2)
+        if state is None:
+            raise RuntimeError("reset_state must be of the form of hx")
+        if rank == 2:
+            state = [s.unsqueeze(1) for s in state]
+        self._check_state(state, x.size(1), "reset_state")
+        if not _alike(x, x, state):
+            raise RuntimeError("reset_state must have the dtype and device of the input")
+        return state
+
+    def _check_state(self, state: list[Tensor], B: int, name: str) -> None:
+        for i, (s, shape) in enumerate(zip(state, self._state_shapes(B), strict=False)):
+            which = f"{name}[{i}]" if self._states > 1 else name
+            self.check_hidden_size(s, shape, f"Expected {which} size {{}}, got {{}}")
+
     def _state_shapes(self, B: int) -> list[tuple[int, int, int]]:
         rows = self.num_layers * (2 if self.bidirectional else 1)
         h = (rows, B, self.proj_size or self.hidden_size)
@@ -166,6 +250,18 @@ class _Layers(RNNBase):
 
 
 compiler.accept(_Layers)
+
+
+class _Asked(NamedTuple):
+    """What a call asks for besides torch's arguments."""
+
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    reset_state: Any = None
+    return_all_states: bool = False
+
+    def nothing(self) -> bool:
+        return self.lengths is self.reset is self.reset_state is None and not self.return_all_states
 
 
 class LSTM(_Layers, torch.nn.LSTM):
@@ -199,7 +295,7 @@ class LSTM(_Layers, torch.nn.LSTM):
         ``batch_sizes`` or state do not fit, where the built-in may go on.
     """
 
-    _states = 2
+    _states, _kind = 2, "LSTM"
 
 
 class GRU(_Layers, torch.nn.GRU):
@@ -209,6 +305,8 @@ class GRU(_Layers, torch.nn.GRU):
     shapes and errors are those of :class:`LSTM`, without ``proj_size``; ``hx`` and the final state are one
     tensor ``[L*D, B, H]``.
     """
+
+    _kind = "GRU"
 
 
 class RNN(_Layers, torch.nn.RNN):

@@ -12,6 +12,9 @@ KERNELS = ("cuda", "triton", "cpu", "emulator")  # backends that are kernels of 
 _COMPILED = ("cuda", "cpu", "emulator")
 _CAPABILITY = (8, 0)
 _UNPACKED_ROWS = 8  # for so few the CPU kernels read the weights where they are (csrc/cpu/forward.h)
+# What kernels do of the options of the modules.
+_OPTIONS: dict[str, frozenset[str]] = {}
+_STATE_GRADIENTS = ("reference",)  # backends that differentiate the states of all steps
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -20,7 +23,8 @@ class Problem(NamedTuple):
 
     ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``compiling``: traced
     by torch.compile or torch.export. ``capability``: a CUDA device's compute capability. ``interpreted``:
-    Triton's kernels run on the CPU.
+    Triton's kernels run on the CPU. ``options``: what the recurrences do beyond their cell
+    (:meth:`fusedrnn.variation.Variation.names`). ``all_states``: the states of all steps are wanted.
     """
 
     cell: str
@@ -39,6 +43,8 @@ class Problem(NamedTuple):
     compiling: bool = False
     capability: tuple[int, int] | None = None
     interpreted: bool = False
+    options: tuple[str, ...] = ()
+    all_states: bool = False
 
 
 class Plan(NamedTuple):
@@ -89,7 +95,16 @@ def cannot_serve(backend: str, problem: Problem) -> str:
         cell = CELLS[problem.cell]
         if not (cell.compiled if backend in _COMPILED else cell.compiled or cell.triton):
             return f"it has no kernel for the cell {cell.name!r}"
+        if missing := [name for name in problem.options if name not in _OPTIONS.get(backend, ())]:
+            return f"its kernels have no {', '.join(missing)}"
+        several = problem.all_states and cell.states > 1
+        if several and problem.training and backend not in _STATE_GRADIENTS:
+            return "its backward takes no gradients of the states of all steps"
     if backend == "torch":
+        if problem.options:
+            return f"the built-in has no {', '.join(problem.options)}"
+        if problem.all_states and CELLS[problem.cell].states > 1:
+            return "the built-in keeps no states but h and the last"
         if not CELLS[problem.cell].builtin:
             return f"the built-in has no cell {problem.cell!r}"
         if problem.reverse not in ((False,), (False, True)):

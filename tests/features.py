@@ -24,6 +24,10 @@ FEATURES: dict[str, dict[str, str]] = {
     "Derivatives": {
         "forward mode": "`torch.func.jvp` and everything made of it",
     },
+    "Sequences": {
+        "lengths": "`lengths=`: sequences of different lengths without packing",
+        "reset": "`reset=`: the state set before any step of any sequence",
+    },
 }
 _HEAD = """\
 # Features
