@@ -3,6 +3,7 @@
 from .backend import BackendStatus, backends, use_backend
 from .cells import register_cell
 from .conversion import Report, convert, revert
+from .explanation import Explanation, explain
 from .layer import Layer
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -13,6 +14,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "BackendStatus",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
     "Layer",
@@ -21,6 +23,7 @@ __all__ = [
     "__version__",
     "backends",
     "convert",
+    "explain",
     "register_cell",
     "revert",
     "use_backend",

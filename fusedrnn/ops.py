@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 from . import autocast, batching, differentiable, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
 from .checks import check, given
-from .variation import PLAIN, Variation
 
 _NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
 
@@ -36,28 +36,45 @@ def sequence(
     weight_hr: Sequence[Tensor],
     reverse: Sequence[bool],
     batch_sizes: Tensor | None,
-    variation: Variation = PLAIN,
-    all_states: bool = False,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Calls the op that fits: the one without autograd when no gradient can be asked for.
-
-    Shapes as :func:`fusedrnn.functional.layer`.
-    """
+) -> tuple[Tensor, list[Tensor]]:
+    """Calls the op that fits: the one without autograd when no gradient can be asked for."""
     if torch.compiler.is_exporting() and backend != "triton":
         # AOTInductor cannot pass an empty list to an op. Vectors of no elements stand for absent weights.
         absent = [x.new_empty(0)] * len(reverse)
         bias_ih, bias_hh, weight_hr = bias_ih or absent, bias_hh or absent, weight_hr or absent
     tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
-    op = getattr(torch.ops, _NAMESPACES.get(backend, "fusedrnn"))
-    differentiable = x.requires_grad or any(t.requires_grad for g in tensors for t in g)
-    if not (all_states and cell.states > 1) and not (torch.is_grad_enabled() and differentiable):
-        return *op.sequence(*args), []
-    y, final, saved = op.sequence_forward(*args)
-    if not all_states:
-        return y, final, []
-    first = 1 if weight_hr and given(weight_hr) else 0  # before it, h as it was before its projection
-    return y, final, [c.to(x.dtype) for c in saved[first : first + cell.states - 1]]
+    op = _ops_of(backend)
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for g in tensors for t in g)):
+        y, final, _ = op.sequence_forward(*args)
+    else:
+        y, final = op.sequence(*args)
+    return y, final
+
+
+def plan(
+    backend: str,
+    cell: Cell,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    weight_hr: Sequence[Tensor],
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+    *,
+    backward: bool,
+) -> list[int]:
+    """The plan of one pass of a call by a compiled backend, as ``plan_of`` (``csrc/ops``) gives it."""
+    tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    tf32 = backend != "cpu" and _tf32_allowed(x)
+    return _ops_of(backend).plan(cell.id, x, *tensors, reverse, batch_sizes, tf32, backward)
+
+
+def _ops_of(backend: str) -> Any:
+    return getattr(torch.ops, _NAMESPACES.get(backend, "fusedrnn"))
 
 
 def _tf32_allowed(x: Tensor) -> bool:
@@ -286,10 +303,27 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-if not libraries.cpu_reason():
-    _register("fusedrnn")
-if not libraries.emulator_reason():
-    _register("fusedrnn_emulator")
+def _foreign(namespace: str) -> bool:
+    """Whether the library that was loaded is of another version of this package."""
+    ops = getattr(torch.ops, namespace)
+    if not all(hasattr(ops, name) for name in ("sequence", "sequence_forward", "sequence_backward", "plan")):
+        return True
+    expected: dict[str, Any] = {"sequence": _fake_sequence, "sequence_backward": _fake_backward}
+    return any(
+        [argument.name for argument in getattr(ops, name).default._schema.arguments]
+        != list(signature(function).parameters)
+        for name, function in expected.items()
+    )
+
+
+for _name, _namespace, _reason in (
+    (libraries.CPU, "fusedrnn", libraries.cpu_reason),
+    (libraries.EMULATOR, "fusedrnn_emulator", libraries.emulator_reason),
+):
+    if not _reason() and _foreign(_namespace):
+        libraries.set_aside(_name, "is of another version of this package; build it again")
+    if not _reason():
+        _register(_namespace)
 if not libraries.triton_reason():
     from .triton import ops as triton_ops
 

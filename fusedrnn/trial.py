@@ -1,0 +1,209 @@
+"""Calls of recurrent layers to check and to time: cells, sizes, random inputs, and the call itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+MODES = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call, as in the dims legend. Packed: the lengths fall evenly from T to about T/B. T=1:
+    streaming, a step a call."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    packed: bool = False
+    layers: int = 1
+    bidirectional: bool = False
+    P: int = 0
+
+    def __str__(self) -> str:
+        words = [f"T{self.T} B{self.B} I{self.I} H{self.H}"]
+        words += [f"P{self.P}"] if self.P else []
+        words += [f"L{self.layers}"] if self.layers > 1 else []
+        words += ["both ways"] if self.bidirectional else []
+        return " ".join(words + ["packed"] * self.packed)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one of the padded sequences that means are taken over."""
+        return not self.packed and self.T > 1
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def lengths(self) -> list[int]:
+        if not self.packed:
+            return [self.T] * self.B
+        return [max(1, round(self.T * (self.B - b) / self.B)) for b in range(self.B)]
+
+    @property
+    def rows(self) -> int:
+        """Time steps of all sequences together."""
+        return sum(self.lengths)
+
+    @property
+    def batch_sizes(self) -> Tensor:
+        """How many sequences are alive at each step, int64 [T]."""
+        return torch.tensor([sum(length > t for length in self.lengths) for t in range(self.T)])
+
+    @property
+    def output(self) -> int:
+        """Features of y."""
+        return self.directions * (self.P or self.H)
+
+    def inputs_of_layers(self) -> Iterator[int]:
+        """Features of each layer's input."""
+        for layer in range(self.layers):
+            yield self.output if layer else self.I
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A layer class, by the name it has in both ``torch.nn`` and ``fusedrnn``, and its number of gates."""
+
+    name: str
+    gates: int
+    nonlinearity: str = ""
+
+    def __str__(self) -> str:
+        return self.name + (f" {self.nonlinearity}" if self.nonlinearity else "")
+
+    @property
+    def states(self) -> int:
+        return 2 if self.name == "LSTM" else 1
+
+    @property
+    def registered(self) -> str:
+        """The cell's name in the registry."""
+        return f"rnn_{self.nonlinearity or 'tanh'}" if self.name == "RNN" else self.name.lower()
+
+    def layer(self, package: Any, shape: Shape) -> torch.nn.RNNBase:
+        options: dict[str, Any] = {"num_layers": shape.layers, "bidirectional": shape.bidirectional}
+        if self.nonlinearity:
+            options["nonlinearity"] = self.nonlinearity
+        if shape.P:
+            options["proj_size"] = shape.P
+        return getattr(package, self.name)(shape.I, shape.H, **options)
+
+
+CELLS = (Cell("LSTM", 4), Cell("GRU", 3), Cell("RNN", 1))
+CELL_BY_NAME = {"lstm": CELLS[0], "gru": CELLS[1], "rnn": CELLS[2], "rnn_relu": Cell("RNN", 1, "relu")}
+
+
+def step_bytes(cell: Cell, shape: Shape, element: int) -> int:
+    """Bytes of a recurrence's W_hh, which every step reads whole: what bounds a step with few rows."""
+    return cell.gates * shape.H * (shape.P or shape.H) * element
+
+
+def flop(cell: Cell, shape: Shape, mode: str) -> int:
+    """Operations of the matrix products one call cannot do without.
+
+    Forward: W_ih x, W_hh h and the projection. Backward: for each of them, the gradient of the operand and
+    of the weight. Pointwise work and recomputed products do not count: one call counts the same for everyone.
+    """
+    width = shape.P or shape.H
+    forward = sum(
+        2 * shape.rows * shape.directions * shape.H * (cell.gates * (features + width) + shape.P)
+        for features in shape.inputs_of_layers()
+    )
+    return forward if mode == "inference" else 3 * forward
+
+
+class Inputs(NamedTuple):
+    """One call's tensors: x [T, B, I] or packed rows [rows, I], states [L*D, B, H], y's gradient like y."""
+
+    x: Tensor
+    state: list[Tensor]
+    dy: Tensor
+    dstate: list[Tensor]
+    batch_sizes: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        def cast(t: Tensor) -> Tensor:
+            return t.detach().to(dtype).requires_grad_(t.requires_grad)
+
+        return Inputs(
+            cast(self.x), [*map(cast, self.state)], cast(self.dy), [*map(cast, self.dstate)], self.batch_sizes
+        )
+
+
+def make_inputs(cell: Cell, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Draws all tensors of a call from a normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, needs_gradient: bool = False) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype).requires_grad_(needs_gradient)
+
+    steps = (shape.rows,) if shape.packed else (shape.T, shape.B)
+    stacked = shape.layers * shape.directions
+    states = [(stacked, shape.B, shape.P or shape.H), (stacked, shape.B, shape.H)][: cell.states]
+    return Inputs(
+        x=normal(*steps, shape.I, needs_gradient=True),
+        state=[normal(*size, needs_gradient=True) for size in states],
+        dy=normal(*steps, shape.output),
+        dstate=[normal(*size) for size in states],
+        batch_sizes=shape.batch_sizes if shape.packed else None,
+    )
+
+
+class Trio(NamedTuple):
+    """The same layer three times: torch's, ours, and torch's in fp64, with the inputs of a call."""
+
+    builtin: torch.nn.RNNBase
+    ours: torch.nn.RNNBase
+    referee: torch.nn.RNNBase
+    inputs: Inputs
+
+
+def make_trio(cell: Cell, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Trio:
+    """Makes the three layers with the same weights, drawn as ``torch.nn`` draws them."""
+    import fusedrnn
+
+    torch.manual_seed(seed)
+    builtin = cell.layer(torch.nn, shape).to(device, dtype)
+    ours = cell.layer(fusedrnn, shape).to(device, dtype)
+    ours.load_state_dict(builtin.state_dict())
+    return Trio(builtin, ours, copy.deepcopy(builtin).double(), make_inputs(cell, shape, dtype, device, seed))
+
+
+def call(layer: torch.nn.Module, inputs: Inputs, mode: str) -> dict[str, Tensor]:
+    """Runs one layer call, as it is checked and as it is timed.
+
+    Inference returns y and the final states, under ``torch.inference_mode``. Training also returns the
+    gradients of the input, the initial states and the weights.
+    """
+    if mode == "inference":
+        with torch.inference_mode():
+            return _forward(layer, inputs)
+    outputs = _forward(layer, inputs)
+    sources = {
+        "x": inputs.x,
+        **{f"state{i}": s for i, s in enumerate(inputs.state)},
+        **dict(layer.named_parameters()),
+    }
+    gradients = torch.autograd.grad([*outputs.values()], [*sources.values()], [inputs.dy, *inputs.dstate])
+    return outputs | {f"d{name}": g for name, g in zip(sources, gradients, strict=True)}
+
+
+def _forward(layer: torch.nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    x: Any = inputs.x if inputs.batch_sizes is None else PackedSequence(inputs.x, inputs.batch_sizes)
+    y, final = layer(x, tuple(inputs.state) if len(inputs.state) > 1 else inputs.state[0])
+    states = final if isinstance(final, tuple) else (final,)
+    return {
+        "y": y if inputs.batch_sizes is None else y.data,
+        **{f"final{i}": s for i, s in enumerate(states)},
+    }
