@@ -20,6 +20,7 @@ from torch import Tensor
 from . import autocast, batching, differentiable, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
 from .checks import check, given
+from .variation import PLAIN, Variation
 
 _NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
 
@@ -36,8 +37,13 @@ def sequence(
     weight_hr: Sequence[Tensor],
     reverse: Sequence[bool],
     batch_sizes: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Calls the op that fits: the one without autograd when no gradient can be asked for."""
+    variation: Variation = PLAIN,
+    all_states: bool = False,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Calls the op that fits: the one without autograd when no gradient can be asked for.
+
+    Shapes as :func:`fusedrnn.functional.layer`.
+    """
     if torch.compiler.is_exporting() and backend != "triton":
         # AOTInductor cannot pass an empty list to an op. Vectors of no elements stand for absent weights.
         absent = [x.new_empty(0)] * len(reverse)
@@ -45,11 +51,14 @@ def sequence(
     tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
     op = _ops_of(backend)
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for g in tensors for t in g)):
-        y, final, _ = op.sequence_forward(*args)
-    else:
-        y, final = op.sequence(*args)
-    return y, final
+    differentiable = x.requires_grad or any(t.requires_grad for g in tensors for t in g)
+    if not (all_states and cell.states > 1) and not (torch.is_grad_enabled() and differentiable):
+        return *op.sequence(*args), []
+    y, final, saved = op.sequence_forward(*args)
+    if not all_states:
+        return y, final, []
+    first = 1 if weight_hr and given(weight_hr) else 0  # before it, h as it was before its projection
+    return y, final, [c.to(x.dtype) for c in saved[first : first + cell.states - 1]]
 
 
 def plan(
