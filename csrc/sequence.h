@@ -36,6 +36,7 @@ struct Recurrence {
   const T* bias_ih;    // [G*H]
   const T* bias_hh;    // [G*H]
   const T* weight_hr;  // [P, H]
+  int64_t input;       // the first feature of x that is its input
   bool reverse;
 };
 
@@ -45,7 +46,7 @@ struct ForwardParams {
   int64_t N, I, H, P;
   const Recurrence<T>* recurrences;  // [N]
   Rounding rounding;
-  const T* x;  // [T, B, I] or, packed, [rows, I], with these strides; a feature follows the one before
+  const T* x;  // [T, B, *] or, packed, [rows, *], with these strides; a feature follows the one before
   int64_t x_step, x_row;
   T* gates;  // [rows, N, slots, H] or null: what the cell saves
   int64_t slots;

@@ -24,10 +24,11 @@ def check(
     batch_sizes: Tensor | None,
     *,
     mixed_dtypes: bool = False,
+    inputs: int = 1,
 ) -> None:
     """Checks a call as the compiled op does, for where no kernel of ours sees it.
 
-    ``mixed_dtypes``: autocast is going to make one dtype of them.
+    ``mixed_dtypes``: autocast is going to make one dtype of them. ``inputs``: as :func:`inputs_of`.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
@@ -57,7 +58,7 @@ def check(
         _require(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN")
         _require(x.size(1) == B, f"state has batch size {B}, x has {x.size(1)}")
     for name, group, shape in (
-        ("weight_ih", weight_ih, (G * H, x.size(-1))),
+        ("weight_ih", weight_ih, (G * H, x.size(-1) // inputs)),
         ("weight_hh", weight_hh, (G * H, P)),
         ("bias_ih", bias_ih, (G * H,)),
         ("bias_hh", bias_hh, (G * H,)),
@@ -73,6 +74,17 @@ def check(
             _require(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
     if batch_sizes is not None:
         _check_batch_sizes(batch_sizes, x, B)
+
+
+def inputs_of(x: Tensor, weight_ih: Sequence[Tensor]) -> int:
+    """K, the inputs that lie side by side in the features of x: each is for N / K recurrences in turn.
+
+    Calls of the functional interface have one. The ops take more, which vmap makes.
+    """
+    features, own, N = x.size(-1), weight_ih[0].size(-1) if weight_ih[0].dim() else 0, len(weight_ih)
+    if own == features or own == 0 or features % own:
+        return 1
+    return features // own if N % (features // own) == 0 else 1
 
 
 def given(weights: Sequence[Tensor]) -> Sequence[Tensor]:

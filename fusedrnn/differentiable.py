@@ -7,9 +7,11 @@ containers, which take longer than a short sequence does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 
 
 class _Rule(NamedTuple):
@@ -37,16 +39,29 @@ def register(
             return _below_autograd(op, keys, args)
         flat, lengths = _flatten(args)
         out: list[int] = []  # lengths in the result, known once it is there
-        return tuple(_regroup(node.apply(rule, keys, lengths, out, *flat), out))
+        transformed = torch._C._are_functorch_transforms_active()
+        apply = partial(_apply_at_one_level, node) if transformed else node.apply
+        return tuple(_regroup(apply(rule, keys, lengths, out, *flat), out))
 
     library.impl(op._schema.name.split("::")[1], call, "Autograd", with_keyset=True)
+
+
+def _apply_at_one_level(node: Any, *args: Any) -> Any:
+    """Applies a node where ``torch.func.grad`` has unwrapped the arguments for this call.
+
+    ``node.apply`` is for functions that bring rules for every transform. Ours do not need them, because the
+    op is known to the dispatcher: below the node, it goes on to the transforms further out by itself.
+    """
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, node).apply(*args)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: _Rule, keys: Any, lengths: list[int], out: list[int], *flat: Any) -> Any:
         args = tuple(_regroup(flat, lengths))
-        result = _below_autograd(rule.op, keys, args)
+        with torch.enable_grad():  # for transforms further out
+            result = _below_autograd(rule.op, keys, args)
         rule.save(ctx, args, result)
         ctx.rule, ctx.lengths_in, ctx.lengths_out = rule, lengths, out
         results, lengths_out = _flatten(result)

@@ -172,6 +172,7 @@ def _plan(
         raise RuntimeError(f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
     if not weights.hh or weights.hh[0].dim() != 2:
         raise RuntimeError("weights must have one tensor per recurrence, weight_hh [G*H, H]")
+    transformed, mapped = _transforms()
     problem = Problem(
         cell=cell.name,
         device=x.device.type,
@@ -185,7 +186,8 @@ def _plan(
         training=torch.is_grad_enabled(),
         packed=packed,
         autocast=autocast.enabled(x.device.type),
-        transformed=_transformed(),
+        transformed=transformed,
+        mapped=mapped,
         compiling=torch.compiler.is_compiling(),
         capability=_capability(x) if x.is_cuda else None,
         interpreted=env.interpreted(),
@@ -205,12 +207,20 @@ def _capability(x: Tensor) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
-def _transformed() -> bool:
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+def _transforms() -> tuple[bool, bool]:
+    """Whether the call is inside transforms that only the reference can; or inside those that our ops can."""
+    if forward_ad._current_level >= 0:
+        return True, False
+    if torch._C._functorch.maybe_current_level() is None:
+        return False, False
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    kind = torch._C._functorch.TransformType
+    others = set(kinds) - {kind.Vmap, kind.Grad}
+    return (True, False) if others or kinds.count(kind.Grad) > 1 else (False, True)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: a compiled call keeps the
 # backends that could serve where it was compiled; the compiler itself compiles again for other transforms.
-_constants: tuple[Any, ...] = (_standing, _transformed, env.interpreted)
+_constants: tuple[Any, ...] = (_standing, _transforms, env.interpreted)
 for _constant in _constants:
     _constant._dynamo_marked_constant = True

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import autocast, batching, differentiable, env, libraries, reference
 from .cells import CELL_BY_ID, Cell, compute_dtype
-from .checks import check, given
+from .checks import check, given, inputs_of
 from .variation import PLAIN, Variation
 
 _NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
@@ -49,9 +49,15 @@ def sequence(
         absent = [x.new_empty(0)] * len(reverse)
         bias_ih, bias_hh, weight_hr = bias_ih or absent, bias_hh or absent, weight_hr or absent
     tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    if x.shape[-1:] != weight_ih[0].shape[-1:]:  # the op would take several inputs in one
+        check(cell, x, *tensors, reverse, batch_sizes)
     args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
     op = _ops_of(backend)
-    differentiable = x.requires_grad or any(t.requires_grad for g in tensors for t in g)
+    differentiable = (
+        torch._C._functorch.maybe_current_level() is not None  # a batched tensor does not say what is in it
+        or x.requires_grad
+        or any(t.requires_grad for g in tensors for t in g)
+    )
     if not (all_states and cell.states > 1) and not (torch.is_grad_enabled() and differentiable):
         return *op.sequence(*args), []
     y, final, saved = op.sequence_forward(*args)
@@ -103,7 +109,7 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::sequence_backward", _fake_backward)
     differentiable.register(library, ops.sequence_forward.default, _save, partial(_backward, ops))
     differentiable.register(library, ops.sequence_backward.default, _save_backward, _double_backward)
-    batching.register(library, "sequence_backward", ops.sequence_backward)
+    batching.register(library, ops)
     _keep_alive.append(library)
 
 
@@ -149,6 +155,7 @@ def _fake_sequence(
         weight_hr,
         reverse,
         batch_sizes,
+        inputs=inputs_of(x, weight_ih),
     )
     y = x.new_empty(*x.shape[:-1], len(reverse) * weight_hh[0].size(1))
     return y, [s.new_empty(s.shape) for s in state]
@@ -193,7 +200,8 @@ def _fake_backward(
     need_dweights: bool,
 ) -> tuple[Tensor, ...]:
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    check(CELL_BY_ID[cell], x, state, *weights, reverse, batch_sizes)
+    inputs = inputs_of(x, weight_ih)
+    check(CELL_BY_ID[cell], x, state, *weights, reverse, batch_sizes, inputs=inputs)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dweights: Any = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in weights]
     dstate: Any = [s.new_empty(s.shape) for s in state]
@@ -267,8 +275,7 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         # Aliases: one tensor may stand in two places, and one input may have been computed from another.
         x = _alias(x)
         *groups, dfinal = _unflatten([_alias(t) for t in flat], ctx.lengths)
-        arguments: Any = (CELL_BY_ID[ctx.cell], x, *groups, ctx.reverse, batch_sizes)
-        y, final = reference.sequence(*arguments)
+        y, final = _reference(CELL_BY_ID[ctx.cell], x, *groups, ctx.reverse, batch_sizes)
         dy = _alias(torch.zeros_like(y) if dy is None else dy)
         inputs = [x, *(t for group in groups for t in group)]
         grads = torch.autograd.grad([y, *final], inputs, [dy, *dfinal], create_graph=True, allow_unused=True)
@@ -308,6 +315,21 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
     )
 
 
+def _reference(cell: Cell, x: Tensor, state: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    """What the op computes, by the reference: input after input, if several lie side by side in x."""
+    *weights, reverse, batch_sizes = rest
+    K = inputs_of(x, weights[0])
+    each = len(reverse) // K
+    results = []
+    for k, x_k in enumerate(x.chunk(K, -1)):
+        own = slice(k * each, (k + 1) * each)
+        groups = [group[own] for group in map(given, weights)]
+        arguments: Any = (cell, x_k, [s[own] for s in state], *groups, reverse[own], batch_sizes)
+        results.append(reference.sequence(*arguments))
+    ys, finals = zip(*results, strict=True)
+    return torch.cat(ys, -1), [torch.cat(s) for s in zip(*finals, strict=True)]
+
+
 def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
@@ -317,7 +339,7 @@ def _foreign(namespace: str) -> bool:
     ops = getattr(torch.ops, namespace)
     if not all(hasattr(ops, name) for name in ("sequence", "sequence_forward", "sequence_backward", "plan")):
         return True
-    expected: dict[str, Any] = {"sequence": _fake_sequence, "sequence_backward": _fake_backward}
+    expected = {"sequence": _fake_sequence, "sequence_backward": _fake_backward}
     return any(
         [argument.name for argument in getattr(ops, name).default._schema.arguments]
         != list(signature(function).parameters)

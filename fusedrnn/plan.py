@@ -21,7 +21,8 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Problem(NamedTuple):
     """What the choice depends on. Sizes as in the dims legend: T, B, I, H, P (0: no projection).
 
-    ``transformed``: inside a ``torch.func`` transform or forward-mode differentiation. ``compiling``: traced
+    ``transformed``: inside transforms that only the reference has rules for. ``mapped``: inside those that
+    our ops have rules for: vmap of ``torch.func``, and one of its gradients. ``compiling``: traced
     by torch.compile or torch.export. ``capability``: a CUDA device's compute capability. ``interpreted``:
     Triton's kernels run on the CPU. ``options``: what the recurrences do beyond their cell
     (:meth:`fusedrnn.variation.Variation.names`). ``all_states``: the states of all steps are wanted.
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     packed: bool
     autocast: bool
     transformed: bool
+    mapped: bool = False
     compiling: bool = False
     capability: tuple[int, int] | None = None
     interpreted: bool = False
@@ -91,7 +93,7 @@ def cannot_serve(backend: str, problem: Problem) -> str:
         if problem.dtype not in _FLOATING:
             return f"it has no kernel for {problem.dtype}"
         if problem.transformed:
-            return "its ops have no rule for torch.func transforms and forward-mode differentiation"
+            return "its ops have no rule for torch.func's gradients of gradients and for forward mode"
         cell = CELLS[problem.cell]
         if not (cell.compiled if backend in _COMPILED else cell.compiled or cell.triton):
             return f"it has no kernel for the cell {cell.name!r}"
@@ -124,6 +126,8 @@ def _device_of(backend: str, problem: Problem) -> str:
 def _preference(problem: Problem) -> tuple[str, ...]:
     if problem.transformed:  # composed of operations that have every rule
         return ("reference",)
+    if problem.mapped:  # the built-in would go through the examples one by one
+        return ("cpu" if problem.device == "cpu" else "cuda", "triton", "reference")
     if problem.device == "cpu":
         return ("torch", "cpu", "reference") if _builtin_is_faster(problem) else ("cpu", "torch", "reference")
     return ("cuda", "triton", "torch", "reference")

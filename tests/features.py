@@ -23,10 +23,14 @@ COLUMNS = {"cpu": "cpu", "emulator": "cuda", "triton": "triton", "torch": "torch
 FEATURES: dict[str, dict[str, str]] = {
     "Derivatives": {
         "forward mode": "`torch.func.jvp` and everything made of it",
+        "vmap over inputs": "`torch.func.vmap`: the examples are sequences of one batch",
+        "ensembles": "`stack_module_state` and `vmap(functional_call)`: N recurrences of one launch",
+        "per-sample gradients": "`vmap(grad(loss))`, in one launch forward and one backward",
     },
     "Sequences": {
         "lengths": "`lengths=`: sequences of different lengths without packing",
         "reset": "`reset=`: the state set before any step of any sequence",
+        "all states": "`return_all_states=True`: h and c of every step, with gradients",
     },
 }
 _HEAD = """\

@@ -129,7 +129,7 @@ class ForwardPass {
       const int64_t t = layout_.time(n, i);
       const T* source = p_.x + (p_.steps.offsets ? p_.steps.offset(t) * p_.x_row : t * p_.x_step);
       for (int64_t b = job.b0; b < rows_end(job, t); ++b, ++rows)
-        std::memcpy(x + rows * I, source + b * p_.x_row, I * sizeof(T));
+        std::memcpy(x + rows * I, source + b * p_.x_row + p_.recurrences[n].input, I * sizeof(T));
     }
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       T* out = gx(job, block);

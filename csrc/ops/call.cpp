@@ -135,7 +135,11 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
   STD_TORCH_CHECK(weight_hr.empty() || weight_hr[0].dim() == 2, "weight_hr must be 2-D");
   STD_TORCH_CHECK(state[0].dim() == 3, "state must be 3-D, got ", state[0].dim(), "-D");
   call.N = N;
-  call.I = x.size(-1);
+  if (weight_ih[0].dim() == 2) {
+    const int64_t own = std::max<int64_t>(weight_ih[0].size(1), 1);
+    if (x.size(-1) > own && x.size(-1) % own == 0 && N % (x.size(-1) / own) == 0) call.K = x.size(-1) / own;
+  }
+  call.I = x.size(-1) / call.K;
   call.H = weight_hh[0].size(0) / call.cell.gates;
   call.P = weight_hr.empty() ? call.H : weight_hr[0].size(0);
   call.B = state[0].size(1);
@@ -175,8 +179,12 @@ void check(const Call& call, const Incoming& incoming) {
 }
 
 Tensor rows_of(const Call& call) {
-  const std::array<int64_t, 2> shape{call.rows(), call.I};
+  const std::array<int64_t, 2> shape{call.rows(), call.K * call.I};
   return torch::stable::reshape(call.x, shape);
+}
+
+Tensor input_of(const Call& call, const Tensor& rows, int64_t n) {
+  return call.K == 1 ? rows : narrow(rows, 1, call.first_feature(n), call.I);
 }
 
 Tensor columns_of(const Tensor& buffer, int64_t n, int64_t gates) {

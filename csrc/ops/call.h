@@ -20,18 +20,20 @@ struct CellTraits {
 struct Call {
   CellId id;
   CellTraits cell;
-  Tensor x;  // [T, B, I], packed: [rows, I]
+  Tensor x;  // [T, B, K*I], packed: [rows, K*I]
   Tensors state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
   std::vector<bool> reverse;
   bool packed;
   bool tf32;  // products of float32 may take tf32 operands
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0, N = 0;
+  int64_t K = 1;                      // inputs side by side in x, each for N / K recurrences in turn
   std::vector<int64_t> offsets = {};  // [T+1] if packed
   ScalarType dtype, compute;          // of the tensors; of what is carried and accumulated
 
   Steps steps() const { return {T, B, packed ? offsets.data() : nullptr}; }
   int64_t rows() const { return steps().rows(); }
   bool projected() const { return !weight_hr.empty(); }
+  int64_t first_feature(int64_t n) const { return n * K / N * I; }  // of recurrence n's input in x
   // Values per unit and row that a kernel keeps in the place of its gates.
   int64_t slots() const { return std::max(cell.gates, cell.saved); }
   // [rows, ...] as [T, B, ...] or [rows, ...]: the shape of outputs.
@@ -65,6 +67,9 @@ void check(const Call& call, const Incoming& incoming);
 
 // x as a matrix of rows; copies only if its strides ask for it.
 Tensor rows_of(const Call& call);
+
+// Of the rows of x, those features that are the input of recurrence n.
+Tensor input_of(const Call& call, const Tensor& rows, int64_t n);
 
 // Columns [rows, width] of recurrence n of a buffer [rows, N, slots, H].
 Tensor columns_of(const Tensor& buffer, int64_t n, int64_t gates);

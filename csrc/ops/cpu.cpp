@@ -34,7 +34,7 @@ class KernelWeights {
     for (int64_t n = 0; n < call.N; ++n)
       list_.push_back({pointer(call, call.weight_ih, n), pointer(call, call.weight_hh, n),
                        pointer(call, call.bias_ih, n), pointer(call, call.bias_hh, n),
-                       pointer(call, call.weight_hr, n), call.reverse[n]});
+                       pointer(call, call.weight_hr, n), call.first_feature(n), call.reverse[n]});
   }
   const Recurrence<T>* get() const { return list_.data(); }
 
@@ -78,7 +78,7 @@ Outputs forward(const Call& call, bool training) {
   const int64_t N = call.N, H = call.H, P = call.P;
   const KernelWeights<T> weights(call);
   Tensor x = to_dtype(call.x, call.compute);
-  if (call.I > 1 && x.stride(-1) != 1) x = dense(x);
+  if (x.size(-1) > 1 && x.stride(-1) != 1) x = dense(x);
   Outputs out;
   out.y = call.empty_as_x({N * P}, call.compute);
   const Tensor h0 = dense(to_dtype(call.state[0], call.compute));

@@ -80,7 +80,7 @@ void multiply_gates(const Call& call, const Tensor& h_previous, const Tensor& gx
   if (call.cell.same_gates) {
     const Tensor x = operand(call, rows_of(call));
     for (int64_t n = 0; n < N; ++n)
-      multiply(columns_of(gx, n, G), cat({x, h_of(n)}, 1),
+      multiply(columns_of(gx, n, G), cat({input_of(call, x, n), h_of(n)}, 1),
                transposed(operand(call, cat({call.weight_ih[n], call.weight_hh[n]}, 1))));
   } else {
     multiply_input(call, gx);

@@ -24,7 +24,8 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 void multiply_input(const Call& call, const Tensor& gates) {
   const Tensor x = operand(call, rows_of(call));
   for (int64_t n = 0; n < call.N; ++n)
-    multiply(columns_of(gates, n, call.cell.gates), x, transposed(operand(call, call.weight_ih[n])));
+    multiply(columns_of(gates, n, call.cell.gates), input_of(call, x, n),
+             transposed(operand(call, call.weight_ih[n])));
 }
 
 Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& sweep) {
@@ -36,7 +37,7 @@ Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& 
     const Tensor h_previous = view(operand(call, sweep.h_previous), {rows, N * P});
     for (int64_t n = 0; n < N; ++n) {
       const Tensor dgx_n = columns_of(dgx, n, G), dgh_n = columns_of(dgh, n, G);
-      grads.dweight_ih.push_back(weight_gradient(call, dgx_n, x));
+      grads.dweight_ih.push_back(weight_gradient(call, dgx_n, input_of(call, x, n)));
       grads.dweight_hh.push_back(weight_gradient(call, dgh_n, narrow(h_previous, 1, n * P, P)));
       if (!call.bias_ih.empty()) {
         const Tensor sums = column_sums(dgx_n, call.compute);
@@ -55,9 +56,14 @@ Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& 
   for (const Tensor& t : sweep.dstate) grads.dstate.push_back(to_dtype(t, call.dtype));
   if (incoming.need_dx) {
     // Rounded like any product of torch: a second buffer in fp32 would be as large as the input.
-    const Tensor dx = call.empty({rows, call.I}, dgx.scalar_type());
-    multiply(dx, view(dgx, {rows, N * G * H}), operand(call, cat(call.weight_ih, 0)));
-    grads.dx = call.shaped_as_x(to_dtype(dx, call.dtype), {call.I});
+    const Tensor dx = call.empty({rows, call.K * call.I}, dgx.scalar_type());
+    const int64_t each = N / call.K;  // recurrences of an input
+    for (int64_t n = 0; n < N; n += each) {
+      const Tensor weights = cat({call.weight_ih.begin() + n, call.weight_ih.begin() + n + each}, 0);
+      multiply(input_of(call, dx, n), narrow(view(dgx, {rows, N * G * H}), 1, n * G * H, each * G * H),
+               operand(call, weights));
+    }
+    grads.dx = call.shaped_as_x(to_dtype(dx, call.dtype), {call.K * call.I});
   } else {
     grads.dx = call.empty({0}, call.dtype);
   }

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from ..cells import CELL_BY_ID, Cell, compute_dtype
-from ..checks import check
+from ..checks import check, inputs_of
 from ..env import interpreted
 
 
 @dataclass
 class Call:
-    """Dims as everywhere; ``P`` is H without a projection. Tensors of all steps are kept as rows."""
+    """Dims as everywhere; ``P`` is H without a projection. Tensors of all steps are kept as rows.
+
+    ``K`` inputs lie side by side in x, each for N / K recurrences in turn.
+    """
 
     cell: Cell
-    x: Tensor  # [T, B, I], packed: [rows, I]
+    x: Tensor  # [T, B, K*I], packed: [rows, K*I]
     state: list[Tensor]
     weight_ih: list[Tensor]
     weight_hh: list[Tensor]
@@ -33,7 +36,8 @@ class Call:
 
     def __post_init__(self) -> None:
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
-        check(self.cell, self.x, self.state, *weights, self.reverse, self.batch_sizes)
+        self.K = inputs_of(self.x, self.weight_ih)
+        check(self.cell, self.x, self.state, *weights, self.reverse, self.batch_sizes, inputs=self.K)
         device = self.x.device.type
         if device != "cuda" and not (device == "cpu" and interpreted()):
             raise RuntimeError(f"x must be on a CUDA device, is on {device}")
@@ -42,10 +46,10 @@ class Call:
             raise RuntimeError(f"{self.cell.name} has no Triton functions")
         self.forward, self.backward = functions
         self.N, self.G, self.S = len(self.reverse), self.cell.gates, self.cell.states
-        self.I, self.H = self.x.size(-1), self.weight_hh[0].size(0) // self.G
+        self.I, self.H = self.x.size(-1) // self.K, self.weight_hh[0].size(0) // self.G
         self.P, self.B = self.weight_hh[0].size(1), self.state[0].size(1)
         self.T = self.x.size(0) if self.batch_sizes is None else self.batch_sizes.numel()
-        self.rows = self.x.numel() // self.I if self.I else self.x.shape[:-1].numel()
+        self.rows = self.x.shape[:-1].numel()
         self.dtype, self.compute = self.x.dtype, compute_dtype(self.x.dtype)
 
     @classmethod
@@ -79,13 +83,17 @@ class Call:
         return rows.view(*self.x.shape[:-1], *tail)
 
     def input_rows(self) -> Tensor:
-        return self.x.reshape(self.rows, self.I)
+        return self.x.reshape(self.rows, self.K * self.I)
+
+    def input_of(self, rows: Tensor, n: int) -> Tensor:
+        """Of the rows of x, those features that are the input of recurrence n."""
+        return rows if self.K == 1 else rows.narrow(1, n * self.K // self.N * self.I, self.I)
 
     def multiply_input(self, gates: Tensor) -> None:
         """W_ih x of all rows into ``[rows, N, G, H]``."""
         x = self.input_rows()
         for n, weight in enumerate(self.weight_ih):
-            multiply(columns(gates, n), x, weight.t())
+            multiply(columns(gates, n), self.input_of(x, n), weight.t())
 
     def stacked(self, group: list[Tensor]) -> Tensor | None:
         """One tensor of N. Those of several recurrences are copied: a kernel takes one pointer, not N."""

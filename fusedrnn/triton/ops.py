@@ -100,7 +100,8 @@ def _multiply_gates(call: Call, p: launch.Backward) -> None:
     if p.gh is None:
         x = call.input_rows()
         for n, weights in enumerate(zip(call.weight_ih, call.weight_hh, strict=True)):
-            multiply(columns(p.gx, n), torch.cat((x, p.h_previous[:, n]), 1), torch.cat(weights, 1).t())
+            both = torch.cat((call.input_of(x, n), p.h_previous[:, n]), 1)
+            multiply(columns(p.gx, n), both, torch.cat(weights, 1).t())
         return
     call.multiply_input(p.gx)
     for n, weight in enumerate(call.weight_hh):
@@ -119,9 +120,10 @@ def _gradients(
         return a.sum(0, dtype=call.compute).to(call.dtype)
 
     dweights: list[list[Tensor]] = [[], [], [], [], []]
+    x = call.input_rows()
     for n in range(call.N if need_dweights else 0):
         dgx, dgh = columns(p.dgx, n), columns(p.dgh, n)
-        dweights[0].append(product(dgx, call.input_rows()))
+        dweights[0].append(product(dgx, call.input_of(x, n)))
         dweights[1].append(product(dgh, p.h_previous[:, n]))
         if call.bias_ih:
             dweights[2].append(sums(dgx))
@@ -130,10 +132,14 @@ def _gradients(
             dweights[4].append(product(p.dprojected[:, n], p.kept[0][:, n]))  # type: ignore[index]
     dx = call.empty(0, dtype=call.dtype)
     if need_dx:
-        dgx = p.dgx.flatten(1)
-        if not dgx.is_cuda:
-            dgx = dgx.to(call.compute)
-        dx = (dgx @ torch.cat(call.weight_ih).to(dgx.dtype)).to(call.dtype).view(call.x.shape)
+        each = call.N // call.K  # recurrences of an input
+        parts = []
+        for n in range(0, call.N, each):
+            dgx = p.dgx[:, n : n + each].flatten(1)
+            if not dgx.is_cuda:
+                dgx = dgx.to(call.compute)
+            parts.append((dgx @ torch.cat(call.weight_ih[n : n + each]).to(dgx.dtype)).to(call.dtype))
+        dx = (parts[0] if call.K == 1 else torch.cat(parts, 1)).view(call.x.shape)
     return dx, dstate, *dweights
 
 
