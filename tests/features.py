@@ -32,6 +32,18 @@ FEATURES: dict[str, dict[str, str]] = {
         "reset": "`reset=`: the state set before any step of any sequence",
         "all states": "`return_all_states=True`: h and c of every step, with gradients",
     },
+    "Options": {
+        "peephole": "`LSTM(peephole=True)`: gates that see the cell state",
+        "reset_after": "`GRU(reset_after=False)`: the original paper's",
+        "recurrent_dropout": "`recurrent_dropout=p`: variational, one mask of h for a sequence",
+        "zoneout": "`zoneout=p`: units that keep their state",
+        "layer_norm": "`layer_norm=True`: of gates and cell",
+        "forget_bias": "`LSTM(forget_bias=b)`",
+        "num_heads": "`num_heads=n`: a block-diagonal W_hh, n recurrences in one launch",
+        "residual": "`residual=True`: connections between layers",
+        "variational_dropout": "`variational_dropout=True`: one mask for all steps between layers",
+        "learn_initial_state": "`learn_initial_state=True`",
+    },
 }
 _HEAD = """\
 # Features
