@@ -54,7 +54,7 @@ def sequence(
     args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
     op = _ops_of(backend)
     differentiable = (
-        torch._C._functorch.maybe_current_level() is not None  # a batched tensor does not say what is in it
+        _transformed()  # a batched tensor does not say what is in it
         or x.requires_grad
         or any(t.requires_grad for g in tensors for t in g)
     )
@@ -90,6 +90,14 @@ def plan(
 
 def _ops_of(backend: str) -> Any:
     return getattr(torch.ops, _NAMESPACES.get(backend, "fusedrnn"))
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+_marked: Any = _transformed
+_marked._dynamo_marked_constant = True  # the compiler compiles again for other transforms
 
 
 def _tf32_allowed(x: Tensor) -> bool:
@@ -339,7 +347,7 @@ def _foreign(namespace: str) -> bool:
     ops = getattr(torch.ops, namespace)
     if not all(hasattr(ops, name) for name in ("sequence", "sequence_forward", "sequence_backward", "plan")):
         return True
-    expected = {"sequence": _fake_sequence, "sequence_backward": _fake_backward}
+    expected: dict[str, Any] = {"sequence": _fake_sequence, "sequence_backward": _fake_backward}
     return any(
         [argument.name for argument in getattr(ops, name).default._schema.arguments]
         != list(signature(function).parameters)
