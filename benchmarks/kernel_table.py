@@ -117,8 +117,7 @@ class Row:
     errors: dict[str, gates.Verdict] = field(default_factory=dict)
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
-    peer_times: list[float] = field(default_factory=list)  # onnxruntime's, and ours beside it
-    beside_peer_times: list[float] = field(default_factory=list)
+    peer_times: list[float] = field(default_factory=list)  # onnxruntime's
     builtin_memory: int | None = None
     fusedrnn_memory: int | None = None
 
@@ -138,8 +137,9 @@ class Row:
     @property
     def peer_ratio(self) -> timing.Spread | None:
         """onnxruntime's time over ours, likewise; None where it has none."""
-        pairs = zip(self.peer_times, self.beside_peer_times, strict=True)
-        return timing.spread([a / b for a, b in pairs]) if self.peer_times else None
+        if not self.peer_times:
+            return None
+        return timing.spread([a / b for a, b in zip(self.peer_times, self.fusedrnn_times, strict=True)])
 
 
 @dataclass
@@ -236,15 +236,17 @@ def _measure(
 
         _gate(row, builtin, ours, inputs, truth)
         if not row.faults:
-            share = deadline.left / (len(MODES) - i + has_peer)
-            row.builtin_times, row.fusedrnn_times = timing.interleave(
-                [run_builtin, run_ours], device, seconds=share, **least
-            )
+            calls = [run_builtin, run_ours]
             if has_peer and mode == "inference":
-                run_peer = peer.make_call(cell, builtin, inputs.x, inputs.state)
-                row.peer_times, row.beside_peer_times = timing.interleave(
-                    [run_peer, run_ours], device, seconds=share, **least, settle=0.02
-                )
+                calls.append(peer.make_call(cell, builtin, inputs.x, inputs.state))
+            row.builtin_times, row.fusedrnn_times, *others = timing.interleave(
+                calls,
+                device,
+                seconds=deadline.left / (len(MODES) - i),
+                **least,
+                settle=0.01 if device.type == "cpu" else 0.0,
+            )
+            row.peer_times = others[0] if others else []
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
         yield row

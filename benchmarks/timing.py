@@ -78,8 +78,7 @@ def interleave(
 ) -> list[list[float]]:
     """Times the calls in turn, so that whatever else the machine does meets all of them alike.
 
-    Every round runs each call once; the order is rotated from round to round, so that none is always the one
-    that finds the caches as another left them.
+    Every round times each call once; the order is rotated from round to round.
 
     Args:
         calls: what to time.
@@ -88,9 +87,10 @@ def interleave(
         warmup: rounds that are not recorded.
         min_rounds: rounds that are recorded however long they take.
         max_rounds: rounds after which more would not tell more.
-        settle: seconds for which each call is repeated before the run that counts, for calls that use
-            different thread pools: the threads of each wait for more work in a loop for a while, and after
-            that it takes the system some more time to give every thread of the next a core of its own.
+        settle: seconds for which each call is repeated before the run that counts. Each is then measured as
+            it runs by itself, with its code and data in the caches. Thread pools need it: the threads of a
+            library wait for more work in a loop for a while and slow down the next, and after that it takes
+            the system some time to give every thread a core of its own.
 
     Returns:
         For each call its seconds, one value per round: values of the same index were measured side by side.
