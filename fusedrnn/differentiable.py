@@ -31,19 +31,41 @@ def register(
         save: ``setup_context`` there, called with positions.
         backward: ``backward`` there.
     """
-    rule = _Rule(op, save, backward)
-    node: Any = type(op._schema.name.replace("::", "_"), (_Function,), {})  # the name is that of the grad_fn
+    name = op._schema.name
+    node = type(name.replace("::", "_"), (_Function,), {})  # the name is that of the grad_fn
+    _nodes[op] = node, _Rule(op, save, backward)
 
     def call(keys: Any, *args: Any) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return _below_autograd(op, keys, args)
-        flat, lengths = _flatten(args)
-        out: list[int] = []  # lengths in the result, known once it is there
-        transformed = torch._C._are_functorch_transforms_active()
-        apply = partial(_apply_at_one_level, node) if transformed else node.apply
-        return tuple(_regroup(apply(rule, keys, lengths, out, *flat), out))
+            return below_autograd(op, args, keys)
+        return apply(op, args, keys)
 
-    library.impl(op._schema.name.split("::")[1], call, "Autograd", with_keyset=True)
+    library.impl(name.split("::")[1], call, "Autograd", with_keyset=True)
+
+
+_nodes: dict[Any, tuple[Any, _Rule]] = {}
+
+
+def apply(op: Any, args: tuple, keys: Any = None) -> tuple:
+    """Calls an op that has a rule, of whose arguments one needs a gradient, and records it for backward.
+
+    What calling the op comes to, without the dispatcher's way from Python and back to Python, which takes as
+    long as a short sequence.
+    """
+    node, rule = _nodes[op]
+    flat, lengths = _flatten(args)
+    out: list[int] = []  # lengths in the result, known once it is there
+    transformed = torch._C._are_functorch_transforms_active()
+    record = partial(_apply_at_one_level, node) if transformed else node.apply
+    return tuple(_regroup(record(rule, keys, lengths, out, *flat), out))
+
+
+def below_autograd(op: Any, args: tuple, keys: Any = None) -> Any:
+    """Calls an op without recording it; ``keys`` are those of the dispatcher if the call comes from there."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if keys is None:
+            return op(*args)
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 def _apply_at_one_level(node: Any, *args: Any) -> Any:
@@ -61,7 +83,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, rule: _Rule, keys: Any, lengths: list[int], out: list[int], *flat: Any) -> Any:
         args = tuple(_regroup(flat, lengths))
         with torch.enable_grad():  # for transforms further out
-            result = _below_autograd(rule.op, keys, args)
+            result = below_autograd(rule.op, args, keys)
         rule.save(ctx, args, result)
         ctx.rule, ctx.lengths_in, ctx.lengths_out = rule, lengths, out
         results, lengths_out = _flatten(result)
@@ -79,11 +101,6 @@ class _Function(torch.autograd.Function):
         for grad, n in zip(groups, ctx.lengths_in, strict=True):
             flat += [grad] if n < 0 else [None] * n if grad is None else grad
         return None, None, None, None, *flat
-
-
-def _below_autograd(op: Any, keys: Any, args: tuple) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], list[int]]:

@@ -48,19 +48,22 @@ def sequence(
         # AOTInductor cannot pass an empty list to an op. Vectors of no elements stand for absent weights.
         absent = [x.new_empty(0)] * len(reverse)
         bias_ih, bias_hh, weight_hr = bias_ih or absent, bias_hh or absent, weight_hr or absent
-    tensors = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    tensors = [list(group) for group in (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)]
     if x.shape[-1:] != weight_ih[0].shape[-1:]:  # the op would take several inputs in one
         check(cell, x, *tensors, reverse, batch_sizes)
-    args = (cell.id, x, *tensors, reverse, batch_sizes, backend != "cpu" and _tf32_allowed(x))
+    args = (cell.id, x, *tensors, list(reverse), batch_sizes, backend != "cpu" and _tf32_allowed(x))
     op = _ops_of(backend)
-    differentiable = (
-        _transformed()  # a batched tensor does not say what is in it
-        or x.requires_grad
-        or any(t.requires_grad for g in tensors for t in g)
+    # A batched tensor does not say what is in it.
+    transformed = _transformed()
+    wanted = torch.is_grad_enabled() and (
+        transformed or x.requires_grad or any(t.requires_grad for g in tensors for t in g)
     )
-    if not (all_states and cell.states > 1) and not (torch.is_grad_enabled() and differentiable):
-        return *op.sequence(*args), []
-    y, final, saved = op.sequence_forward(*args)
+    if not wanted and not (all_states and cell.states > 1):
+        return *op.sequence.default(*args), []
+    if not wanted or transformed or torch.compiler.is_compiling():
+        y, final, saved = op.sequence_forward.default(*args)
+    else:
+        y, final, saved = differentiable.apply(op.sequence_forward.default, args)
     if not all_states:
         return y, final, []
     first = 1 if weight_hr and given(weight_hr) else 0  # before it, h as it was before its projection
@@ -235,7 +238,7 @@ def _backward(ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None]
     need_dweights = any(any(need) for need in need_weights)
     if dy is None and all(d is None for d in dfinal):
         return (None, None, *([None] * n if n else [] for n in ctx.arguments), None, None, None)
-    dx, dstate, *dweights = ops.sequence_backward(
+    args = (
         ctx.cell,
         x,
         *groups,
@@ -249,6 +252,8 @@ def _backward(ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None]
         need_dx,
         need_dweights,
     )
+    op = ops.sequence_backward.default
+    dx, dstate, *dweights = op(*args) if torch.is_grad_enabled() else differentiable.below_autograd(op, args)
     lists = [_needed(dstate, need_dstate)]
     lists += [_needed(group, need) for group, need in zip(dweights, need_weights, strict=True)]
     return (None, dx if need_dx else None, *lists, None, None, None)

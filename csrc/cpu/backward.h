@@ -16,10 +16,11 @@ class BackwardPass {
         layout_{p.steps, p.N, p.recurrences, plan},
         recurrent_{p.P, G * p.H},
         projection_{p.H, p.P},
-        weights_(p.N * recurrent_.size()),
+        packed_(p.steps.B > 1 || p.P % W != 0),
+        weights_(packed_ ? p.N * recurrent_.size() : 0),
         projections_(projected() ? p.N * projection_.size() : 0),
         scratch_(projected() ? p.N * p.steps.B * p.H : 0) {
-    parallel_for(pool, p.N * recurrent_.count(), [&](int64_t i) {
+    parallel_for(pool, packed_ ? p.N * recurrent_.count() : 0, [&](int64_t i) {
       const int64_t n = i / recurrent_.count();
       pack_natural(p_.recurrences[n].weight_hh, recurrent_, i % recurrent_.count(),
                    weights_.get() + n * recurrent_.size());
@@ -53,9 +54,15 @@ class BackwardPass {
     if (job.b0 >= end) return;
     const T* dgh = p_.dgh + (p_.steps.offset(t) + job.b0) * row + n * G * p_.H;
     T* dh = p_.dstate[0] + (n * p_.steps.B + job.b0) * p_.P;
-    for (int64_t j = panels.begin; j < panels.end; ++j)
+    const auto add = [](V x, T* target, int lanes) { (V::load(target, lanes) + x).store(target, lanes); };
+    if (!packed_) {
+      const int64_t width = kPanelVectors * W, first = panels.begin * width;
+      multiply_row(dgh, p_.recurrences[n].weight_hh + first, p_.P, G * p_.H,
+                   std::min(p_.P, panels.end * width) - first, dh + first, add);
+    }
+    for (int64_t j = panels.begin; packed_ && j < panels.end; ++j)
       multiply_panel(dgh, row, end - job.b0, recurrent_, weights_.get() + n * recurrent_.size(), j, dh, p_.P,
-                     [](V x, T* target, int lanes) { (V::load(target, lanes) + x).store(target, lanes); });
+                     add);
   }
 
   // The cell's backward for the units of the panels; what is left of dstate[0] is what did not go through gh.
@@ -140,6 +147,7 @@ class BackwardPass {
   const Layout<T> layout_;
   const Panels<T> recurrent_;   // [G*H] -> [P]
   const Panels<T> projection_;  // [P] -> [H]
+  const bool packed_;           // one row reads W_hh but once a step, and as fast where it is
   const Buffer<T> weights_, projections_, scratch_;
 };
 

@@ -114,6 +114,7 @@ class ForwardPass {
            ((job.n * p_.steps.B + job.b0) * width() + block * kUnits * W * G * (job.b1 - job.b0)) * window_;
   }
   int64_t rows_before(const Job& job, int64_t i) const {
+    if (!p_.steps.offsets) return i % window_ * (job.b1 - job.b0);
     int64_t rows = 0;
     for (int64_t j = i - i % window_; j < i; ++j)
       rows += std::max<int64_t>(0, rows_end(job, layout_.time(job.n, j)) - job.b0);

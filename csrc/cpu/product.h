@@ -39,8 +39,7 @@ __attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* pa
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       b[c] = Simd<T>::load(panel + c * W);
-      // A panel comes from the second cache, faster if asked for. With one row its rate is the limit already.
-      if (R > 1) __builtin_prefetch(panel + kAhead + c * W);
+      __builtin_prefetch(panel + kAhead + c * W);  // it comes from the second cache, faster if asked for
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -53,6 +52,39 @@ __attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* pa
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) acc[r][c].store(out + (r * C + c) * W);
+}
+
+// The same for one row, by weights whose rows begin ld apart. Several sums for each column, because a single
+// one would wait for its own last addition at every k.
+template <class T, int C>
+__attribute__((noinline)) void product_row(const T* a, const T* weights, int64_t ld, int64_t K, const T* bias,
+                                           T* out) {
+  using V = Simd<T>;
+  constexpr int W = V::kWidth, kSums = C * 4 <= kRegisters / 2 ? 4 : C * 2 <= kRegisters / 2 ? 2 : 1;
+  V acc[kSums][C];
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+    acc[0][c] = bias ? V::load(bias + c * W) : V(T(0));
+#pragma GCC unroll 4
+    for (int i = 1; i < kSums; ++i) acc[i][c] = V(T(0));
+  }
+  int64_t k = 0;
+  for (; k + kSums <= K; k += kSums, weights += kSums * ld)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const V s(a[k + i]);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) acc[i][c] = acc[i][c] + s * V::load(weights + i * ld + c * W);
+    }
+  for (; k < K; ++k, weights += ld)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) acc[0][c] = acc[0][c] + V(a[k]) * V::load(weights + c * W);
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int i = 1; i < kSums; ++i) acc[0][c] = acc[0][c] + acc[i][c];
+    acc[0][c].store(out + c * W);
+  }
 }
 
 // Calls f with count, in [1, Max], as a compile-time constant.
@@ -74,7 +106,10 @@ void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, 
     for (int64_t first = 0, tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
       const int64_t size = (rows - first + tiles - 1) / tiles;
       with_count<kRows>(size, [&](auto tile_rows) {
-        product_tile<T, tile_rows(), vectors()>(a + first * lda, lda, panel, K, bias, values);
+        if constexpr (tile_rows() == 1)
+          product_row<T, vectors()>(a + first * lda, panel, vectors() * Simd<T>::kWidth, K, bias, values);
+        else
+          product_tile<T, tile_rows(), vectors()>(a + first * lda, lda, panel, K, bias, values);
       });
       consume(first, size, values);
       first += size;
@@ -166,6 +201,22 @@ void multiply_unpacked(const T* a, int64_t lda, int64_t rows, const T* w, int64_
     }
     consume(r, 1, values);
   }
+}
+
+// Calls store(sums over k of a[k] * w[k][j], address of out[j], lanes) for columns whose number is a multiple
+// of the lanes, by w as it is; of as many at a time as have registers, so that each row of w is read at
+// length.
+template <class T, int C = kRegisters / 2, class Store>
+void multiply_row(const T* a, const T* w, int64_t ld, int64_t K, int64_t columns, T* out,
+                  const Store& store) {
+  constexpr int W = Simd<T>::kWidth;
+  alignas(kVectorBytes) T values[C * W];
+  for (; columns >= C * W; columns -= C * W, w += C * W, out += C * W) {
+    product_row<T, C>(a, w, ld, K, static_cast<const T*>(nullptr), values);
+    for (int c = 0; c < C; ++c) store(Simd<T>::load(values + c * W), out + c * W, W);
+  }
+  if constexpr (C > 1)
+    if (columns > 0) multiply_row<T, C / 2>(a, w, ld, K, columns, out, store);
 }
 
 // One panel of w [columns, K] transposed: column j of the product is row j of w.

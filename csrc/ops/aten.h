@@ -43,16 +43,46 @@ inline Tensor cat(const Tensors& tensors, int64_t dim) {
   return tensors.size() == 1 ? tensors[0] : call_torch("aten::cat", "", tensors, dim);
 }
 
+// Elements of t by other sizes and strides, from an offset in elements; as all views, not through the
+// dispatcher, which small calls would notice.
+inline Tensor strided(const Tensor& t, Sizes sizes, Sizes strides, int64_t offset = 0) {
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
+                                                        sizes.data(), strides.data(), offset, &out));
+  return Tensor(out);
+}
+
+inline std::vector<int64_t> contiguous_strides(Sizes sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  return strides;
+}
+
 inline Tensor narrow(const Tensor& t, int64_t dim, int64_t start, int64_t length) {
-  Tensor same = t;  // the stable form takes no const reference
-  return torch::stable::narrow(same, dim, start, length);
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes[dim] = length;
+  return strided(t, sizes, t.strides(), start * t.stride(dim));
 }
 
+// t must be contiguous.
+inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes) {
+  return strided(t, sizes, contiguous_strides(sizes));
+}
 inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  return torch::stable::view(t, Sizes(sizes.begin(), sizes.size()));
+  return view(t, std::vector<int64_t>(sizes));
 }
 
-inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+// Entry i of the first dimension.
+inline Tensor select(const Tensor& t, int64_t i) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  return strided(t, Sizes(sizes.data() + 1, sizes.size() - 1), Sizes(strides.data() + 1, sizes.size() - 1),
+                 i * strides[0]);
+}
+
+inline Tensor transposed(const Tensor& t) {
+  return strided(t, std::array<int64_t, 2>{t.size(1), t.size(0)},
+                 std::array<int64_t, 2>{t.stride(1), t.stride(0)});
+}
 
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
@@ -62,10 +92,9 @@ inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subt
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// On t's device, as all that follow. Not through the dispatcher, which small calls would notice.
+// On t's device, as all that follow. Not through the dispatcher either.
 inline Tensor empty(const Tensor& t, Sizes sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
   AtenTensorHandle out;

@@ -78,7 +78,7 @@ std::vector<int64_t> offsets_from(const Tensor& batch_sizes, int64_t B, int64_t 
 }  // namespace
 
 Tensor Call::shaped_as_x(const Tensor& t, std::initializer_list<int64_t> tail) const {
-  return torch::stable::view(t, shape_as_x(*this, tail));
+  return view(t, shape_as_x(*this, tail));
 }
 
 Tensor Call::empty_as_x(std::initializer_list<int64_t> tail, ScalarType of) const {
@@ -178,18 +178,16 @@ void check(const Call& call, const Incoming& incoming) {
     check_tensor(call, "dfinal", dfinal[s], {call.N, call.B, s ? call.H : call.P});
 }
 
-Tensor rows_of(const Call& call) {
-  const std::array<int64_t, 2> shape{call.rows(), call.K * call.I};
-  return torch::stable::reshape(call.x, shape);
-}
+Tensor rows_of(const Call& call) { return view(dense(call.x), {call.rows(), call.K * call.I}); }
 
 Tensor input_of(const Call& call, const Tensor& rows, int64_t n) {
   return call.K == 1 ? rows : narrow(rows, 1, call.first_feature(n), call.I);
 }
 
 Tensor columns_of(const Tensor& buffer, int64_t n, int64_t gates) {
-  return view(narrow(torch::stable::select(buffer, 1, n), 1, 0, gates),
-              {buffer.size(0), gates * buffer.size(3)});
+  const int64_t slots = buffer.size(2), H = buffer.size(3);
+  return strided(buffer, std::array<int64_t, 2>{buffer.size(0), gates * H},
+                 std::array<int64_t, 2>{buffer.stride(0), 1}, n * slots * H);
 }
 
 }  // namespace fusedrnn

@@ -7,25 +7,6 @@
 namespace fusedrnn {
 namespace {
 
-// Torch's threads, or for a call that would be done before they have started the one that is running.
-struct Threads {
-  ThreadPool pool;
-  int64_t count;
-
-  explicit Threads(const Call& call) {
-    const double work = 1.0 * call.rows() * call.N * call.cell.gates * call.H * (call.I + call.P);
-    if (work < 1 << 19) {
-      pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) { body(0, n, context); };
-      count = 1;
-    } else {
-      pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) {
-        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
-      };
-      count = torch::stable::get_num_threads();
-    }
-  }
-};
-
 // Weights as the kernels read them: contiguous and in the compute dtype. Owns what had to be converted.
 template <class T>
 class KernelWeights {
@@ -48,15 +29,33 @@ class KernelWeights {
   std::vector<Recurrence<T>> list_;
 };
 
+// The plan of a call, and torch's threads; for work that would be done before they have started, the thread
+// that is running.
+struct Schedule {
+  std::vector<int64_t> bounds;
+  ResidentPlan plan;
+  ThreadPool pool;
+
+  Schedule(const Call& call, int64_t lanes, int64_t element_bytes) {
+    const double work = 1.0 * call.rows() * call.N * call.cell.gates * call.H * (call.I + call.P);
+    const CpuDevice device{work < 1 << 19 ? 1 : torch::stable::get_num_threads(), int64_t{1} << 20};
+    plan = plan_resident(call.N, call.B, call.H, call.cell.gates * call.H * call.P * element_bytes,
+                         call.projected(), 4 * lanes, device);
+    bounds = balanced_rows(call.steps(), plan.row_chunks);
+    plan.row_bounds = bounds.data();
+    if (device.threads == 1 || call.N * plan.row_chunks * plan.unit_slices == 1)
+      pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) { body(0, n, context); };
+    else
+      pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) {
+        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+      };
+  }
+  Schedule(const Schedule&) = delete;
+};
+
 template <class T>
-std::pair<ResidentPlan, std::vector<int64_t>> plan_for(const Call& call, const Threads& threads) {
-  const int64_t lanes = kernels().vector_bytes / sizeof(T);
-  const CpuDevice device{threads.count, int64_t{1} << 20};
-  ResidentPlan plan = plan_resident(call.N, call.B, call.H, call.cell.gates * call.H * call.P * sizeof(T),
-                                    call.projected(), 4 * lanes, device);
-  std::vector<int64_t> bounds = balanced_rows(call.steps(), plan.row_chunks);
-  plan.row_bounds = bounds.data();
-  return {plan, std::move(bounds)};
+Schedule schedule_of(const Call& call) {
+  return Schedule(call, kernels().vector_bytes / sizeof(T), sizeof(T));
 }
 
 // A copy in the compute dtype.
@@ -115,9 +114,8 @@ Outputs forward(const Call& call, bool training) {
     }
   }
   if (call.rows() > 0) {
-    const Threads threads(call);
-    const auto [plan, bounds] = plan_for<T>(call, threads);
-    kernels().of<T>().forward(call.id, p, plan, threads.pool);
+    const Schedule schedule = schedule_of<T>(call);
+    kernels().of<T>().forward(call.id, p, schedule.plan, schedule.pool);
   }
   out.y = to_dtype(out.y, call.dtype);
   for (Tensor& t : out.final) t = to_dtype(t, call.dtype);
@@ -162,9 +160,8 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   p.dprojected = call.projected() ? data<T>(sweep.dprojected) : nullptr;
   p.h_previous = incoming.need_dweights ? data<T>(sweep.h_previous) : nullptr;
   if (rows > 0) {
-    const Threads threads(call);
-    const auto [plan, bounds] = plan_for<T>(call, threads);
-    kernels().of<T>().backward(call.id, p, plan, threads.pool);
+    const Schedule schedule = schedule_of<T>(call);
+    kernels().of<T>().backward(call.id, p, schedule.plan, schedule.pool);
   }
   return gradients_of(call, incoming, sweep);
 }

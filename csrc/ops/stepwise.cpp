@@ -3,8 +3,6 @@
 namespace fusedrnn::cuda {
 namespace {
 
-Tensor recurrence(const Tensor& t, int64_t n) { return torch::stable::select(t, 0, n); }
-
 // The sequences of a batch that are alive come first.
 Tensor alive(const Tensor& t, int64_t count) { return count == t.size(0) ? t : narrow(t, 0, 0, count); }
 
@@ -15,8 +13,9 @@ struct Rows {
   Rows(const Call& call, int64_t t)
       : call(call), offset(call.steps().offset(t)), count(call.steps().count(t)) {}
   Tensor of(const Tensor& buffer, int64_t n) const {
-    const Tensor own = torch::stable::select(narrow(buffer, 0, offset, count), 1, n);
-    return own.dim() == 2 ? own : view(own, {count, own.size(1) * own.size(2)});
+    const int64_t width = buffer.stride(0) / call.N;
+    return strided(buffer, std::array<int64_t, 2>{count, width}, std::array<int64_t, 2>{buffer.stride(0), 1},
+                   offset * buffer.stride(0) + n * width);
   }
 };
 
@@ -52,15 +51,14 @@ Tensors run_steps(const Call& call, const Forward& forward, const Tensor& y, con
     };
     for (int64_t n = 0; n < N; ++n) {
       const int64_t count = rows_of_step(n).count;
-      multiply(alive(recurrence(gh, n), count), operand(call, alive(recurrence(state[0], n), count)),
-               weight_hh[n]);
+      multiply(alive(select(gh, n), count), operand(call, alive(select(state[0], n), count)), weight_hh[n]);
     }
     run(forward, step, stream);
     for (int64_t n = 0; call.projected() && n < N; ++n) {
       const Rows rows = rows_of_step(n);
       const Tensor h = call.empty({rows.count, call.P}, call.compute);
       multiply(h, rows.of(unprojected, n), weight_hr[n]);
-      for (Tensor target : {alive(recurrence(state[0], n), rows.count), rows.of(y, n)})
+      for (Tensor target : {alive(select(state[0], n), rows.count), rows.of(y, n)})
         torch::stable::copy_(target, h);
     }
   }
@@ -92,15 +90,15 @@ void run_steps(const Call& call, const Backward& backward, const std::optional<T
     };
     for (int64_t n = 0; projected && n < N; ++n) {
       const Rows rows = rows_of_step(n);
-      const Tensor later = alive(recurrence(carried, n), rows.count);
+      const Tensor later = alive(select(carried, n), rows.count);
       Tensor d = rows.of(sweep.dprojected, n);
       torch::stable::copy_(d, dy_rows ? add(later, rows.of(*dy_rows, n)) : later);
-      multiply(alive(recurrence(dh, n), rows.count), d, weight_hr[n]);
+      multiply(alive(select(dh, n), rows.count), d, weight_hr[n]);
     }
     run(backward, step, stream);
     for (int64_t n = 0; n < N; ++n) {
       const Rows rows = rows_of_step(n);
-      multiply(alive(recurrence(carried, n), rows.count), operand(call, rows.of(sweep.dgh, n)), weight_hh[n]);
+      multiply(alive(select(carried, n), rows.count), operand(call, rows.of(sweep.dgh, n)), weight_hh[n]);
     }
   }
   run(backward, step, stream);
