@@ -73,6 +73,7 @@ struct BackwardParams {
   T *dgx, *dgh;                 // [rows, N, G, H]; one buffer for cells whose gates share a gradient
   T* dprojected;                // [rows, N, P]: gradient of the projected h of each step; null without
   T* h_previous;                // [rows, N, P]: the h each row's step started from; null if not wanted
+  T *const *dbias_ih, *const *dbias_hh;  // [N] of [G*H]; null if not wanted
 };
 
 }  // namespace fusedrnn

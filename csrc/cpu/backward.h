@@ -40,6 +40,10 @@ class BackwardPass {
       if (i < T_) differentiate(job, layout_.time(job.n, T_ - 1 - i), panels);
     });
     if (p.h_previous) gather_previous(pool);
+    if (p.dbias_ih) {
+      const int64_t width = kPanelVectors * W, blocks = (G * p.H + width - 1) / width;
+      parallel_for(pool, p.N * blocks, [&](int64_t i) { sum_rows(i / blocks, i % blocks * width); });
+    }
   }
 
  private:
@@ -126,6 +130,37 @@ class BackwardPass {
       multiply_panel(p_.dprojected + ((first + job.b0) * N + n) * P, N * P, end - job.b0, projection_,
                      projections_.get() + n * projection_.size(), j, scratch_.get() + (n * B + job.b0) * H, H,
                      [](V x, T* target, int lanes) { x.store(target, lanes); });
+  }
+
+  // Gradients of the biases from column `first` on, as many as a panel has.
+  void sum_rows(int64_t n, int64_t first) const {
+    sum_rows(p_.dgx + n * G * p_.H + first, G * p_.H - first, p_.dbias_ih[n] + first);
+    if constexpr (Cell::kSameGates)
+      std::copy_n(p_.dbias_ih[n] + first, std::min<int64_t>(kPanelVectors * W, G * p_.H - first),
+                  p_.dbias_hh[n] + first);
+    else
+      sum_rows(p_.dgh + n * G * p_.H + first, G * p_.H - first, p_.dbias_hh[n] + first);
+  }
+
+  // In parts: a long sum would lose digits.
+  void sum_rows(const T* gates, int64_t columns, T* out) const {
+    constexpr int64_t kPart = 128;
+    const int64_t rows = p_.steps.rows(), ld = p_.N * G * p_.H;
+    int lanes[kPanelVectors];
+    for (int c = 0; c < kPanelVectors; ++c)
+      lanes[c] = static_cast<int>(std::clamp<int64_t>(columns - c * W, 0, W));
+    V total[kPanelVectors];
+    for (V& sum : total) sum = V(T(0));
+    for (int64_t row = 0; row < rows;) {
+      V part[kPanelVectors];
+      for (V& sum : part) sum = V(T(0));
+      for (const int64_t end = std::min(rows, row + kPart); row < end; ++row)
+        for (int c = 0; c < kPanelVectors; ++c)
+          if (lanes[c] > 0) part[c] = part[c] + V::load(gates + row * ld + c * W, lanes[c]);
+      for (int c = 0; c < kPanelVectors; ++c) total[c] = total[c] + part[c];
+    }
+    for (int c = 0; c < kPanelVectors; ++c)
+      if (lanes[c] > 0) total[c].store(out + c * W, lanes[c]);
   }
 
   void gather_previous(const ThreadPool& pool) const {

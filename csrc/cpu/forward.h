@@ -18,6 +18,8 @@ class ForwardPass {
   static constexpr int kUnits = G == 1 ? kPanelVectors : 1;
   // So few rows that reading the weights where they are costs less than packing them.
   static constexpr int64_t kUnpackedRows = 8;
+  // W_hh that is read from the third cache at every step, by a single row, is read as fast where it is.
+  static constexpr int64_t kUnpackedBytes = int64_t{1} << 20;
 
  public:
   ForwardPass(const ForwardParams<T>& p, const ResidentPlan& plan, const ThreadPool& pool)
@@ -26,10 +28,13 @@ class ForwardPass {
         unit_vectors_((p.H + W - 1) / W),
         blocks_((unit_vectors_ + kUnits - 1) / kUnits),
         window_(window(plan)),
-        packed_(p.steps.rows() > kUnpackedRows),
+        packed_ih_(p.steps.rows() > kUnpackedRows),
+        packed_hh_(packed_ih_ && (p.steps.B > 1 || G * p.H * p.P * static_cast<int64_t>(sizeof(T)) <=
+                                                       plan.unit_slices * kUnpackedBytes)),
+        in_passing_(packed_ih_ && window_ == p.steps.T && plan.row_chunks == 1),
         projection_{p.P, p.H},
-        weights_ih_(packed_ ? p.N * width() * p.I : 0),
-        weights_hh_(packed_ ? p.N * width() * p.P : 0),
+        weights_ih_(packed_ih_ ? p.N * (in_passing_ ? plan.unit_slices * G * kUnits * W : width()) * p.I : 0),
+        weights_hh_(packed_hh_ ? p.N * width() * p.P : 0),
         bias_(2 * p.N * width()),
         inputs_(plan.unit_slices * p.N * p.steps.B * window_ * p.I),
         gx_(p.N * p.steps.B * window_ * width()),
@@ -83,10 +88,9 @@ class ForwardPass {
     const Recurrence<T>& w = p_.recurrences[n];
     const int C = G * units(block);
     const auto source = source_of(block);
-    if (packed_) {
+    if (packed_ih_ && !in_passing_)
       pack_rows(w.weight_ih, p_.I, C, weights_ih_.get() + panel(n, block, p_.I), source);
-      pack_rows(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, p_.P), source);
-    }
+    if (packed_hh_) pack_rows(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, p_.P), source);
     T* out = bias_.get() + panel(n, block, 2);  // of gx, then of gh
     for (const T* bias : {w.bias_ih, w.bias_hh})
       for (int c = 0; c < C; ++c)
@@ -94,13 +98,14 @@ class ForwardPass {
           *out++ = bias && source(c, lane) >= 0 ? bias[source(c, lane)] : T(0);
   }
 
-  // Passes tiles of `rows` rows of a times the weights of a block, plus its bias, to consume.
+  // Passes tiles of `rows` rows of a times the weights of a block, plus its bias, to consume: by its panel,
+  // or by the weights as they are if that is null.
   template <class Consume>
-  void product(const T* a, int64_t lda, int64_t rows, const T* weights, const T* panels, int64_t K, int64_t n,
+  void product(const T* a, int64_t lda, int64_t rows, const T* weights, const T* panel, int64_t K,
                int64_t block, const T* bias, const Consume& consume) const {
     const int C = G * units(block);
-    if (packed_)
-      multiply(a, lda, rows, panels + panel(n, block, K), K, C, bias, consume);
+    if (panel)
+      multiply(a, lda, rows, panel, K, C, bias, consume);
     else
       multiply_unpacked(a, lda, rows, weights, K, C, source_of(block), bias, consume);
   }
@@ -135,8 +140,13 @@ class ForwardPass {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       T* out = gx(job, block);
       const int64_t row = G * units(block) * W;
-      product(x, I, rows, p_.recurrences[n].weight_ih, weights_ih_.get(), I, n, block,
-              bias_.get() + panel(n, block, 2), [&](int64_t r, int64_t size, const T* tile) {
+      const T* weights = p_.recurrences[n].weight_ih;
+      T* const packed = !packed_ih_   ? nullptr
+                        : in_passing_ ? weights_ih_.get() + (slice * p_.N + n) * G * kUnits * W * I
+                                      : weights_ih_.get() + panel(n, block, I);
+      if (in_passing_) pack_rows(weights, I, G * units(block), packed, source_of(block));
+      product(x, I, rows, weights, packed, I, block, bias_.get() + panel(n, block, 2),
+              [&](int64_t r, int64_t size, const T* tile) {
                 std::memcpy(out + r * row, tile, size * row * sizeof(T));
               });
     }
@@ -162,10 +172,12 @@ class ForwardPass {
       const int64_t block = i % 2 ? blocks.end - 1 - j : blocks.begin + j, C = G * units(block);
       const T* bias = bias_.get() + panel(n, block, 2) + C * W;
       const T* gx_tiles = gx(job, block) + (row - job.b0) * C * W;
+      const T* packed = packed_hh_ ? weights_hh_.get() + panel(n, block, P) : nullptr;
       for (const auto& [h, b0, b1] : {Segment{running, job.b0, alive}, Segment{initial, alive, end}})
-        product(h[b0], h.ld, b1 - b0, p_.recurrences[n].weight_hh, weights_hh_.get(), P, n, block, bias,
+        product(h[b0], h.ld, b1 - b0, p_.recurrences[n].weight_hh, packed, P, block, bias,
                 [&, h = h, b0 = b0](int64_t r, int64_t rows, const T* gh) {
-                  cells(n, block, first, b0 + r, rows, gx_tiles + (b0 + r) * C * W, gh, h, out);
+                  const int64_t b = b0 + r;
+                  cells(Tile{n, block, first, b, rows, gx_tiles + b * C * W, gh}, h, out);
                 });
     }
     if (projected())
@@ -184,44 +196,87 @@ class ForwardPass {
     return {scratch_.get() + n * p_.steps.B * H, H};
   }
 
-  // Runs the cell on tiles [rows, G * units, W] of gx and gh: rows of the batch from b, and units of a block.
-  void cells(int64_t n, int64_t block, int64_t first, int64_t b, int64_t rows, const T* gx, const T* gh,
-             const Rows<const T>& h, const Rows<T>& out) const {
-    const int64_t row = G * units(block) * W, end = b + rows;
-    for (; b + 1 < end; b += 2, gx += 2 * row, gh += 2 * row)
-      cell_rows<Pair<T>>(n, block, first, b, gx, gh, h, out);
-    if (b < end) cell_rows<V>(n, block, first, b, gx, gh, h, out);
+  // Rows [b, b + rows) of a block of units in a step that begins at row `first`: gx and gh, [rows, G * units,
+  // W].
+  struct Tile {
+    int64_t n, block, first, b, rows;
+    const T *gx, *gh;
+  };
+
+  // Where a vector of units has what the cell reads and writes; or how far that is from the next vector's.
+  template <class Const, class Mutable>
+  struct Places {
+    Const gx, gh, h;
+    Mutable out, saved;
+    Array<Mutable, Cell::kStates> state, kept;
+  };
+  using Here = Places<const T*, T*>;
+  using Step = Places<int64_t, int64_t>;
+
+  void cells(const Tile& tile, const Rows<const T>& h, const Rows<T>& out) const {
+    const int U = units(tile.block);
+    const int64_t H = p_.H, N = p_.N, ld = G * U * W, b = tile.b, row = (tile.first + b) * N + tile.n;
+    Step step{ld, ld, h.ld, out.ld, N * p_.slots * H, {}, {}};
+    for (int s = 1; s < Cell::kStates; ++s) step.state[s] = H, step.kept[s] = N * H;
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = (tile.block * kUnits + u) * W, at = (tile.n * p_.steps.B + b) * H + unit;
+      Here here{tile.gx + u * W, tile.gh + u * W, h[b] + unit, out[b] + unit, nullptr, {}, {}};
+      if (p_.gates) here.saved = p_.gates + row * p_.slots * H + unit;
+      for (int s = 1; s < Cell::kStates; ++s) {
+        here.state[s] = p_.state[s] + at;
+        here.kept[s] = p_.kept[s] ? p_.kept[s] + row * H + unit : nullptr;
+      }
+      if (H - unit >= W)
+        run_cells(here, step, U, tile.rows, std::integral_constant<int, W>());
+      else
+        run_cells(here, step, U, tile.rows, static_cast<int>(H - unit));
+    }
   }
 
-  // Of one row or, if Vector is a Pair, two.
-  template <class Vector>
-  void cell_rows(int64_t n, int64_t block, int64_t first, int64_t b, const T* gx_tile, const T* gh_tile,
-                 const Rows<const T>& h, const Rows<T>& out) const {
-    static_assert(CellOn<Cell, Vector>);
-    const int U = units(block);
-    const int64_t H = p_.H, N = p_.N, ld = G * U * W, row = (first + b) * N + n;
-    for (int u = 0; u < U; ++u) {
-      const int64_t unit = (block * kUnits + u) * W, at = (n * p_.steps.B + b) * H + unit;
-      const int lanes = static_cast<int>(H - unit < W ? H - unit : W);
-      Array<Vector, G> gx, gh;
-      for (int g = 0; g < G; ++g) {
-        gx[g] = Vector::load_rows(gx_tile + (g * U + u) * W, ld, W);
-        gh[g] = Vector::load_rows(gh_tile + (g * U + u) * W, ld, W);
-      }
-      Array<Vector, Cell::kStates> state{};
-      if constexpr (Cell::kReadsH) state[0] = Vector::load_rows(h[b] + unit, h.ld, lanes);
-      for (int s = 1; s < Cell::kStates; ++s) state[s] = Vector::load_rows(p_.state[s] + at, H, lanes);
-      const Forward<Cell, Vector> next = Cell::forward(gx, gh, state);
-      const Vector hidden = projected() ? next.state[0] : round_to<T>(p_.rounding, next.state[0]);
-      hidden.store_rows(out[b] + unit, out.ld, lanes);
-      for (int s = 1; s < Cell::kStates; ++s) {
-        next.state[s].store_rows(p_.state[s] + at, H, lanes);
-        if (p_.kept[s]) next.state[s].store_rows(p_.kept[s] + row * H + unit, N * H, lanes);
-      }
-      if (p_.gates)
-        for (int j = 0; j < Cell::kSaved; ++j)
-          next.saved[j].store_rows(p_.gates + (row * p_.slots + j) * H + unit, N * p_.slots * H, lanes);
+  // Two at a time, as long as there are. `lanes` is a constant where a vector is whole: nothing is decided
+  // then.
+  template <class Lanes>
+  void run_cells(Here here, const Step& step, int U, int64_t count, Lanes lanes) const {
+    for (; count > 1; count -= 2) {
+      run_cell<Pair<T>>(here, step, U, lanes);
+      advance(here, step, 2);
     }
+    if (count > 0) run_cell<V>(here, step, U, lanes);
+  }
+
+  static void advance(Here& here, const Step& step, int64_t count) {
+    here.gx += count * step.gx;
+    here.gh += count * step.gh;
+    here.h += count * step.h;
+    here.out += count * step.out;
+    if (here.saved) here.saved += count * step.saved;
+    for (int s = 1; s < Cell::kStates; ++s) {
+      here.state[s] += count * step.state[s];
+      if (here.kept[s]) here.kept[s] += count * step.kept[s];
+    }
+  }
+
+  template <class Vector, class Lanes>
+  FUSEDRNN_HD void run_cell(const Here& here, const Step& step, int U, Lanes lanes) const {
+    static_assert(CellOn<Cell, Vector>);
+    Array<Vector, G> gx, gh;
+    for (int g = 0; g < G; ++g) {
+      gx[g] = Vector::load_rows(here.gx + g * U * W, step.gx, W);
+      gh[g] = Vector::load_rows(here.gh + g * U * W, step.gh, W);
+    }
+    Array<Vector, Cell::kStates> state{};
+    if constexpr (Cell::kReadsH) state[0] = Vector::load_rows(here.h, step.h, lanes);
+    for (int s = 1; s < Cell::kStates; ++s) state[s] = Vector::load_rows(here.state[s], step.state[s], lanes);
+    const Forward<Cell, Vector> next = Cell::forward(gx, gh, state);
+    const Vector hidden = projected() ? next.state[0] : round_to<T>(p_.rounding, next.state[0]);
+    hidden.store_rows(here.out, step.out, lanes);
+    for (int s = 1; s < Cell::kStates; ++s) {
+      next.state[s].store_rows(here.state[s], step.state[s], lanes);
+      if (here.kept[s]) next.state[s].store_rows(here.kept[s], step.kept[s], lanes);
+    }
+    if (here.saved)
+      for (int j = 0; j < Cell::kSaved; ++j)
+        next.saved[j].store_rows(here.saved + j * p_.H, step.saved, lanes);
   }
 
   // The final h of a sequence is its row of y at its last step.
@@ -239,7 +294,8 @@ class ForwardPass {
   const ForwardParams<T>& p_;
   const Layout<T> layout_;
   const int64_t unit_vectors_, blocks_, window_;
-  const bool packed_;
+  // Panels of W_ih and W_hh are made beforehand; those of W_ih, if every one is used only once, in passing.
+  const bool packed_ih_, packed_hh_, in_passing_;
   const Panels<T> projection_;  // [H] -> [P]
   const Buffer<T> weights_ih_, weights_hh_, bias_, inputs_, gx_, projections_, scratch_;
 };

@@ -32,25 +32,27 @@ class KernelWeights {
 // The plan of a call, and torch's threads; for work that would be done before they have started, the thread
 // that is running.
 struct Schedule {
+  int64_t threads = 1;
   std::vector<int64_t> bounds;
   ResidentPlan plan;
   ThreadPool pool;
 
   Schedule(const Call& call, int64_t lanes, int64_t element_bytes) {
     const double work = 1.0 * call.rows() * call.N * call.cell.gates * call.H * (call.I + call.P);
-    const CpuDevice device{work < 1 << 19 ? 1 : torch::stable::get_num_threads(), int64_t{1} << 20};
+    if (work >= 1 << 19) threads = torch::stable::get_num_threads();
+    const CpuDevice device{threads, int64_t{1} << 20};
     plan = plan_resident(call.N, call.B, call.H, call.cell.gates * call.H * call.P * element_bytes,
                          call.projected(), 4 * lanes, device);
     bounds = balanced_rows(call.steps(), plan.row_chunks);
     plan.row_bounds = bounds.data();
-    if (device.threads == 1 || call.N * plan.row_chunks * plan.unit_slices == 1)
+    if (threads == 1 || call.N * plan.row_chunks * plan.unit_slices == 1)
       pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) { body(0, n, context); };
     else
       pool.parallel_for = [](int64_t n, ThreadPool::Body body, void* context) {
         TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
       };
   }
-  Schedule(const Schedule&) = delete;
+  Schedule(const Schedule&) = delete;  // the plan points into the bounds
 };
 
 template <class T>
@@ -159,6 +161,17 @@ Gradients backward(const Call& call, const Incoming& incoming) {
   p.dgh = data<T>(sweep.dgh);
   p.dprojected = call.projected() ? data<T>(sweep.dprojected) : nullptr;
   p.h_previous = incoming.need_dweights ? data<T>(sweep.h_previous) : nullptr;
+  std::vector<T*> dbias_ih, dbias_hh;
+  if (rows > 0 && incoming.need_dweights && !call.bias_ih.empty()) {
+    for (int64_t n = 0; n < N; ++n) {
+      sweep.dbias_ih.push_back(out({G * H}));
+      sweep.dbias_hh.push_back(out({G * H}));
+      dbias_ih.push_back(data<T>(sweep.dbias_ih.back()));
+      dbias_hh.push_back(data<T>(sweep.dbias_hh.back()));
+    }
+    p.dbias_ih = dbias_ih.data();
+    p.dbias_hh = dbias_hh.data();
+  }
   if (rows > 0) {
     const Schedule schedule = schedule_of<T>(call);
     kernels().of<T>().backward(call.id, p, schedule.plan, schedule.pool);
@@ -182,10 +195,9 @@ Gradients backward(const Call& call, const Incoming& incoming) {
 
 // Threads, chunks of the batch, slices of the hidden units, bytes of a vector: both passes have the same.
 std::vector<int64_t> plan_of(const Call& call, bool) {
-  const Threads threads(call);
-  const ResidentPlan plan = call.compute == ScalarType::Double ? plan_for<double>(call, threads).first
-                                                               : plan_for<float>(call, threads).first;
-  return {threads.count, plan.row_chunks, plan.unit_slices, kernels().vector_bytes};
+  const Schedule schedule =
+      call.compute == ScalarType::Double ? schedule_of<double>(call) : schedule_of<float>(call);
+  return {schedule.threads, schedule.plan.row_chunks, schedule.plan.unit_slices, kernels().vector_bytes};
 }
 
 }  // namespace fusedrnn

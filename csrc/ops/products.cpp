@@ -39,7 +39,10 @@ Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& 
       const Tensor dgx_n = columns_of(dgx, n, G), dgh_n = columns_of(dgh, n, G);
       grads.dweight_ih.push_back(weight_gradient(call, dgx_n, input_of(call, x, n)));
       grads.dweight_hh.push_back(weight_gradient(call, dgh_n, narrow(h_previous, 1, n * P, P)));
-      if (!call.bias_ih.empty()) {
+      if (!sweep.dbias_ih.empty()) {
+        grads.dbias_ih.push_back(to_dtype(sweep.dbias_ih[n], call.dtype));
+        grads.dbias_hh.push_back(to_dtype(sweep.dbias_hh[n], call.dtype));
+      } else if (!call.bias_ih.empty()) {
         const Tensor sums = column_sums(dgx_n, call.compute);
         grads.dbias_ih.push_back(to_dtype(sums, call.dtype));
         grads.dbias_hh.push_back(call.cell.same_gates

@@ -23,6 +23,7 @@ struct Sweep {
   Tensor h_previous;  // [rows, N, P]: the h each row's step started from, if weight gradients are needed
   Tensor dprojected;  // [rows, N, P]: gradient of the projected h of each step, if there is a projection
   Tensors dstate = {};
+  Tensors dbias_ih = {}, dbias_hh = {};  // [G*H] of each recurrence, or empty: still to be summed up
 };
 
 Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& sweep);
