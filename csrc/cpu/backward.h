@@ -136,31 +136,37 @@ class BackwardPass {
   void sum_rows(int64_t n, int64_t first) const {
     sum_rows(p_.dgx + n * G * p_.H + first, G * p_.H - first, p_.dbias_ih[n] + first);
     if constexpr (Cell::kSameGates)
-      std::copy_n(p_.dbias_ih[n] + first, std::min<int64_t>(kPanelVectors * W, G * p_.H - first),
-                  p_.dbias_hh[n] + first);
+      std::memcpy(p_.dbias_hh[n] + first, p_.dbias_ih[n] + first,
+                  std::min<int64_t>(kPanelVectors * W, G * p_.H - first) * sizeof(T));
     else
       sum_rows(p_.dgh + n * G * p_.H + first, G * p_.H - first, p_.dbias_hh[n] + first);
   }
 
-  // In parts: a long sum would lose digits.
+  // In parts, and parts of parts: a long sum loses digits.
   void sum_rows(const T* gates, int64_t columns, T* out) const {
-    constexpr int64_t kPart = 128;
+    constexpr int64_t kPart = 16, kLevels = 3;
     const int64_t rows = p_.steps.rows(), ld = p_.N * G * p_.H;
     int lanes[kPanelVectors];
     for (int c = 0; c < kPanelVectors; ++c)
       lanes[c] = static_cast<int>(std::clamp<int64_t>(columns - c * W, 0, W));
-    V total[kPanelVectors];
-    for (V& sum : total) sum = V(T(0));
+    V sums[kLevels][kPanelVectors];
+    for (auto& level : sums)
+      for (V& sum : level) sum = V(T(0));
+    const auto pass_on = [&](int level) {
+      for (int c = 0; c < kPanelVectors; ++c) {
+        sums[level + 1][c] = sums[level + 1][c] + sums[level][c];
+        sums[level][c] = V(T(0));
+      }
+    };
     for (int64_t row = 0; row < rows;) {
-      V part[kPanelVectors];
-      for (V& sum : part) sum = V(T(0));
       for (const int64_t end = std::min(rows, row + kPart); row < end; ++row)
         for (int c = 0; c < kPanelVectors; ++c)
-          if (lanes[c] > 0) part[c] = part[c] + V::load(gates + row * ld + c * W, lanes[c]);
-      for (int c = 0; c < kPanelVectors; ++c) total[c] = total[c] + part[c];
+          if (lanes[c] > 0) sums[0][c] = sums[0][c] + V::load(gates + row * ld + c * W, lanes[c]);
+      pass_on(0);
+      if (row % (kPart * kPart) == 0 || row == rows) pass_on(1);
     }
     for (int c = 0; c < kPanelVectors; ++c)
-      if (lanes[c] > 0) total[c].store(out + c * W, lanes[c]);
+      if (lanes[c] > 0) sums[kLevels - 1][c].store(out + c * W, lanes[c]);
   }
 
   void gather_previous(const ThreadPool& pool) const {
