@@ -48,9 +48,10 @@ def sequence(
         # AOTInductor cannot pass an empty list to an op. Vectors of no elements stand for absent weights.
         absent = [x.new_empty(0)] * len(reverse)
         bias_ih, bias_hh, weight_hr = bias_ih or absent, bias_hh or absent, weight_hr or absent
-    tensors = [list(group) for group in (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)]
+    groups = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     if x.shape[-1:] != weight_ih[0].shape[-1:]:  # the op would take several inputs in one
-        check(cell, x, *tensors, reverse, batch_sizes)
+        check(cell, x, *groups, reverse, batch_sizes)
+    tensors = [list(group) for group in groups]
     args = (cell.id, x, *tensors, list(reverse), batch_sizes, backend != "cpu" and _tf32_allowed(x))
     op = _ops_of(backend)
     # A batched tensor does not say what is in it.
