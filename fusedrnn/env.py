@@ -9,7 +9,8 @@ BACKEND = "FUSEDRNN_BACKEND"
 CPU_ISA = "FUSEDRNN_CPU_ISA"
 # Read at every call by csrc/ops/schedule.cpp: how the CUDA kernels run a sequence. ``stepwise`` is the kill
 # switch of the persistent kernels; ``block``, ``cluster`` and ``grid`` demand one of them, or an error. The
-# triton backend reads it too and knows all of these but ``cluster``.
+# triton backend reads it too and knows all of these but ``cluster``; ``grid:16``, ``grid:32`` and ``grid:64``
+# name the units of a program as well.
 SCHEDULE = "FUSEDRNN_SCHEDULE"
 # Triton's own: its kernels run on the CPU, slowly and for tests. Set before Triton is imported.
 INTERPRET = "TRITON_INTERPRET"

@@ -104,30 +104,40 @@ class Call:
 
 _MOST_KEPT = 64
 _kept: OrderedDict[tuple[bytes, torch.device], Tensor] = OrderedDict()
-_captured: list[Tensor] = []  # a graph reads these for as long as it lives
 
 
 def _steps(call: Call) -> Tensor:
-    """Copied once for each batch: a copy inside a CUDA graph would read host memory at every replay."""
+    """Copied once for each batch, since a copy waits for the device."""
     sizes = call.batch_sizes
     assert sizes is not None
     key = (sizes.contiguous().numpy().tobytes(), call.x.device)
-    capturing = call.x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if key not in _kept:
-        if capturing:
-            raise RuntimeError(
-                "a packed batch must have been run once, with the same batch_sizes, before it is captured in "
-                "a CUDA graph"
-            )
-        offsets = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
-        lengths = (sizes[:, None] > torch.arange(call.B)).sum(0)
-        _kept[key] = torch.cat((offsets, lengths)).to(call.x.device)
-        if len(_kept) > _MOST_KEPT:
-            _kept.popitem(last=False)
-    _kept.move_to_end(key)
-    if capturing:
-        _captured.append(_kept[key])
+    if key in _kept and not capturing(call.x):
+        _kept.move_to_end(key)
+        return _kept[key]
+    offsets = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+    lengths = (sizes[:, None] > torch.arange(call.B)).sum(0)
+    steps = torch.cat((offsets, lengths))
+    if capturing(call.x):
+        return _sent_with_kernels(steps, call.x.device)
+    _kept[key] = steps.to(call.x.device)
+    if len(_kept) > _MOST_KEPT:
+        _kept.popitem(last=False)
     return _kept[key]
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether what is launched goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _sent_with_kernels(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of host memory that a CUDA graph can hold: the numbers are parameters of its kernels.
+
+    A plain copy would read the host memory again at every replay, when other things are there.
+    """
+    out = torch.zeros(values.numel(), dtype=values.dtype, device=device)
+    torch._foreach_add_(out.split(1), values.tolist())
+    return out
 
 
 def columns(buffer: Tensor, n: int) -> Tensor:

@@ -20,9 +20,12 @@ _UNITS = (16, 32, 64)  # of a program that is one of several
 _MOST_IN_BLOCK = 128
 _MOST_HELD = 1024  # units of K: products with weights on chip are unrolled
 # The compiler saves registers so that programs can share a multiprocessor, and spills for it; but they do not
-# come to share one. Told so, in a forward pass of several chunks it loads all of them at once and spills too,
-# and with operands of tf32 it needs a few more than these.
-_REGISTERS = 224
+# come to share one. Told so, in a forward pass of several chunks it loads all of them at once and spills too.
+_REGISTERS = 255
+# Bytes of K that are multiplied at once where weights are read at every step: what a thread loads of all
+# gates must fit its registers, since only aligned sizes are copied past them.
+_READ_BYTES = 64
+_ALIGNED = 16  # what sizes are divisible by that Triton takes to be aligned
 _RESERVED = 12 << 10  # bytes of shared memory for operands and for changes of layout
 _NEAR = 4.0  # a plan that the model expects to take longer, relative to the best, is not worth trying
 
@@ -284,20 +287,26 @@ def _over_grid(p: Problem, device: Device, units: int) -> Plan | str:
     slices = -(-p.H // units)
     if slices > device.multiprocessors:
         return f"its {slices} programs wait for one another, and there are {device.multiprocessors} at once"
-    rows = 8 if units == 16 else _ROWS  # fewer than units: Triton spreads warps over the longer side
+    # Fewer than units: Triton spreads warps over the longer side. Without tensor cores a thread has its rows
+    # and columns of the operands in registers, of all gates.
+    rows = 8 if units == 16 or (p.backward and not p.tensor_cores) else _ROWS
     if _why_not_held(p, device, units):
-        block_k, chunks = 128 // p.element_bytes if p.tensor_cores else 16, 0
+        block_k, chunks = _READ_BYTES // p.element_bytes if p.tensor_cores else 16, 0
     else:
         block_k = _held_block_k(p, units)
         chunks = -(-p.H // block_k)
     several = chunks > 1 and not p.backward
-    registers = 0 if several or (p.element_bytes == 4 and p.tensor_cores) else _REGISTERS
-    stages = 3 if p.tensor_cores else 1  # products without them take longer than their loads
+    registers = 0 if several or (chunks and p.element_bytes == 4) else _REGISTERS
+    # Products without tensor cores take longer than their loads, and each load of a single element that is
+    # under way would need an address in registers.
+    stages = 4 if p.tensor_cores and p.H % _ALIGNED == 0 else 1
     plan = Plan("grid", 0, slices, chunks, rows, units, block_k, stages, units // _WARP_UNITS, registers)
     return plan._replace(at_once=min(plan.groups(p), device.multiprocessors // slices))
 
 
 def _held_block_k(p: Problem, units: int) -> int:
+    if p.backward and p.element_bytes == 4 and units > 16:  # as much as fits the registers
+        return 32
     return 64 if units > 16 or p.backward else 128
 
 
@@ -305,6 +314,8 @@ def _why_not_held(p: Problem, device: Device, units: int) -> str:
     """Why the weights of so many units cannot stay on chip; empty if they can."""
     if not p.tensor_cores:
         return "ieee fp32 products are not unrolled over all of K"
+    if p.element_bytes == 4 and p.H % _ALIGNED:
+        return f"H={p.H} is no multiple of {_ALIGNED}: single elements of 4 bytes would fill the registers"
     if p.H > _MOST_HELD:
         return f"H={p.H} is above the {_MOST_HELD} units of K that products are unrolled for"
     block_k = _held_block_k(p, units)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from .. import env
-from .call import Call
+from .call import Call, capturing
 from .plan import INTERPRETED, Device, Plan, Problem, choose, device_limits
 
 _TIMED_STEPS = 32
@@ -34,7 +34,7 @@ def run(call: Call, backward: bool, run_by: Callable[[Plan | None, int], Any]) -
         if key in _best:
             candidates = [_best[key], *candidates]
         elif not (
-            torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled()
+            capturing(call.x) or torch.are_deterministic_algorithms_enabled()
         ):  # timing waits for the device, and picks by chance between plans that round differently
             _best[key] = _fastest(candidates, lambda plan: run_by(plan, min(call.T, _TIMED_STEPS)))
             candidates = [_best[key], *candidates]
@@ -103,6 +103,11 @@ def status_of(call: Call, backward: bool, plan: Plan) -> Tensor:
     """The word of host memory for a launch: set if a program waited for one that never came."""
     device = call.x.device
     if device not in _status:
+        if capturing(call.x):  # pinned memory cannot be allocated then
+            raise RuntimeError(
+                f"the first call of a persistent kernel on {device} cannot be captured in a CUDA graph: "
+                "run it once before"
+            )
         _status[device] = torch.zeros(1, dtype=torch.int32, pin_memory=call.x.is_cuda)
     _launched[device] = f"{describe(call, backward)}, {plan}"
     return _status[device]
