@@ -20,17 +20,19 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import fusedrnn
 from fusedrnn import libraries
 from fusedrnn.cells import CELL_BY_ID, CELLS, Cell, register_cell
 from fusedrnn.functional import sequence
-from fusedrnn.triton import launch, ops, schedule
+from fusedrnn.triton import call, launch, ops, schedule
 from fusedrnn.triton.plan import DEMANDS, Device, Plan, Problem, cost, explain, persistent_plans, plans
 from fusedrnn.triton.sequence import arrive, narrow, wait
 
 from . import triton_proof
 from .problems import Shape, make_problem, relative_error
+from .proof import triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
@@ -173,6 +175,36 @@ def test_an_empty_batch():
     problem = make_problem("lstm", Shape(3, 0, 4, 20), dtype=F32, reverse=[False, True])
     for a, b in zip(problem.results("triton"), problem.results("reference"), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_packed_batch_inside_a_cuda_graph(monkeypatch):
+    """Its steps travel with kernels: a graph may hold no copy from host memory, nor what others overwrite."""
+    problem = make_problem("gru", Shape(5, 4, 5, 20), dtype=F32, packed=True)
+    problem.results("triton")
+    one, other = (
+        call.Call(CELLS["gru"], problem.x, problem.state, *map(list, problem.weights), [False], sizes, False)
+        for sizes in (problem.batch_sizes, problem.batch_sizes)
+    )
+    kept = one.steps
+    assert other.steps is kept
+    monkeypatch.setattr(call, "capturing", lambda x: True)
+    monkeypatch.setattr(Tensor, "to", None)
+    captured = call._steps(one)
+    assert captured is not kept
+    assert torch.equal(captured, kept)
+    lengths = (problem.batch_sizes[:, None] > torch.arange(4)).sum(0)
+    assert captured.tolist() == [0, *problem.batch_sizes.cumsum(0).tolist(), *lengths.tolist()]
+
+
+def test_the_first_call_cannot_be_captured(run_by, monkeypatch):
+    run_by(PLANS["block"])
+    problem = make_problem("lstm", Shape(2, 2, 3, 4), dtype=F32)
+    monkeypatch.setattr(schedule, "capturing", lambda x: True)
+    with torch.no_grad():
+        problem.run("triton")  # another call has come before
+        monkeypatch.setattr(schedule, "_status", {})
+        with pytest.raises(RuntimeError, match="first call of a persistent kernel on cpu cannot be captured"):
+            problem.run("triton")
 
 
 def test_strided_tensors(run_by):
@@ -521,10 +553,25 @@ def test_what_serves_a_registered_cell(mgu):
 
 
 def test_compiles_ahead_of_time():
-    rows = triton_proof.rows(quick=True)
-    assert {row["kernel"] for row in rows} == set(triton_proof.KERNELS)
-    for row in rows:
-        assert row["stack"] == 0, row
-        assert row["shared"] <= triton_proof.ARCHITECTURES[row["architecture"]], row
-        waits = row["kernel"].startswith("persistent") and " of 1 " not in row["plan"]
-        assert bool(row["acquires"]) == bool(row["releases"]) == waits, row
+    """Every kind of plan of one cell and dtype; `make proof` compiles the others."""
+    options = ["--architectures", "90", "--cells", "lstm", "--dtypes", "bf16", "--brief"]
+    rows = triton_proof.rows(*options, "--sizes", "256", "64", "1041")
+    kernels = {*triton_proof.KERNELS, "persistent_inference", "step_inference"}
+    assert {row["kernel"] for row in rows} == kernels
+    assert {row["kind"] for row in rows} == {"block", "grid, on chip", "grid, from L2", "stepwise"}
+    assert [fault for row in rows if (fault := triton_kernels.faults(row))] == []
+
+
+def test_faults_of_a_compiled_kernel():
+    row = {
+        "triton": "3.9.0", "kernel": "persistent_forward", "cell": "gru", "dtype": "tf32", "H": 64,
+        "plan": "grid of 4 with 16 units of 8 sequences each, weights on chip", "architecture": 80,
+        "stack": 0, "shared": 163 << 10, "acquires": 1, "releases": 1,
+    }  # fmt: skip
+    assert triton_kernels.faults(row) == ""
+    assert triton_kernels.faults(row | {"stack": 8}).endswith("sm_80: 8 bytes of stack")
+    assert "166913 bytes of shared" in triton_kernels.faults(row | {"shared": (163 << 10) + 1})
+    assert "0 acquires and 1 releases" in triton_kernels.faults(row | {"acquires": 0})
+    alone = row | {"plan": row["plan"].replace("of 4", "of 1")}
+    assert "1 acquires and 1 releases" in triton_kernels.faults(alone)
+    assert triton_kernels.faults(alone | {"acquires": 0, "releases": 0}) == ""

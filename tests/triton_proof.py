@@ -2,7 +2,7 @@
 
 What is compiled is what a launch would compile: the ops run on CPU tensors by every plan for the GPU, up to
 each launch, whose arguments are specialised as Triton does. Registers, stack (where spills go) and shared
-memory are read from the binaries.
+memory are read from the binaries. The version of Triton is that of the first on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,25 @@ ARCHITECTURES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # and the shared
 MULTIPROCESSORS = 108  # of the smallest of them that is sold whole
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
-SIZES = (512, 64, 1040)  # of H: weights on chip in several programs, in one, and read from L2
-ALL_PLANS = "bf16"  # the dtype compiled by every plan; of the others one of each kind
+# Of H, and whether every plan is compiled or one of each kind. Weights on chip in several programs, in one,
+# and read from L2; what is not a multiple of 16 is loaded element by element.
+SIZES = {512: False, 256: True, 128: False, 64: False, 1040: True, 1041: True, 509: False}
+ODD = ("bf16", "tf32")  # what such sizes are compiled for
+ONE_OF_A_KIND = ("fp16",)  # it differs from bf16 by a word in an instruction
 Row = dict[str, Any]
 KERNELS = ("persistent_forward", "persistent_backward", "step_forward", "step_backward", "previous_rows")
 
 
-def rows(*, quick: bool = False) -> list[Row]:
+def rows(*options: str, version: Path | None = None) -> list[Row]:
     """One row for each kernel, plan and architecture.
 
-    Keys: triton, kernel, cell, dtype, H, plan, architecture, registers, stack, shared; acquires and releases:
-    how many of them order what programs hand over. With ``quick``, of one cell, dtype and architecture.
+    Keys: triton, kernel (``persistent_inference`` is the forward that keeps nothing), cell, dtype, H, plan,
+    kind (of exchange, and where weights are), architecture, registers, stack, shared; acquires and releases:
+    how many of them order what programs hand over.
+
+    Args:
+        options: those of the command.
+        version: a folder that another Triton is installed in.
 
     Raises:
         subprocess.CalledProcessError: a kernel did not compile; what was printed says why.
@@ -43,20 +51,24 @@ def rows(*, quick: bool = False) -> list[Row]:
     # In a process of its own: Triton's interpreter, once chosen, takes the place of the compiler.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that the default will change
-    command = [sys.executable, "-m", "tests.triton_proof", *(["--quick"] if quick else [])]
+    if version is not None:
+        environment["PYTHONPATH"] = str(version)
+    command = [sys.executable, "-m", "tests.triton_proof", *options]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def compiled(architectures: Sequence[int], cells: Sequence[str], dtypes: Sequence[str]) -> Iterator[Row]:
+def compiled(
+    architectures: Sequence[int], cells: Sequence[str], dtypes: Sequence[str], sizes: dict[int, bool]
+) -> Iterator[Row]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     seen = set()
     for architecture, cell, dtype in product(architectures, cells, dtypes):
-        for H, plan, kernel, arguments in launches(architecture, cell, dtype):
+        for H, plan, kernel, arguments in launches(architecture, cell, dtype, sizes):
             signature, constants, attributes, options = specialised(kernel, arguments)
             name = kernel.fn.__name__
             key = (architecture, name, *map(repr, (signature, constants, attributes, options)))
@@ -65,13 +77,15 @@ def compiled(architectures: Sequence[int], cells: Sequence[str], dtypes: Sequenc
             seen.add(key)
             source = ASTSource(kernel, signature, constants, attributes)
             binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            inference = name.endswith("_forward") and not constants["KEEP"]
             yield {
                 "triton": triton.__version__,
-                "kernel": name,
+                "kernel": name.replace("forward", "inference") if inference else name,
                 "cell": cell,
                 "dtype": dtype,
                 "H": H,
                 "plan": str(plan or "stepwise"),
+                "kind": kind_of(plan),
                 "architecture": architecture,
                 **resources(binary.asm["cubin"]),
                 "shared": binary.metadata.shared,
@@ -80,8 +94,16 @@ def compiled(architectures: Sequence[int], cells: Sequence[str], dtypes: Sequenc
             }
 
 
-def launches(architecture: int, cell: str, dtype: str) -> Iterator[tuple[int, Any, Any, dict[str, Any]]]:
-    """Size, plan, kernel and arguments of every launch of a training step."""
+def kind_of(plan: Any) -> str:
+    if plan is None:
+        return "stepwise"
+    return plan.exchange if plan.exchange == "block" else f"grid, {'on chip' if plan.chunks else 'from L2'}"
+
+
+def launches(
+    architecture: int, cell: str, dtype: str, sizes: dict[int, bool]
+) -> Iterator[tuple[int, Any, Any, dict[str, Any]]]:
+    """Size, plan, kernel and arguments of every launch of inference and of a training step."""
     import torch
 
     from fusedrnn.cells import CELLS
@@ -94,7 +116,7 @@ def launches(architecture: int, cell: str, dtype: str) -> Iterator[tuple[int, An
     device = Device(MULTIPROCESSORS, ARCHITECTURES[architecture])
     launched: list[tuple[Any, dict[str, Any]]] = []
     plans: list[Any] = []
-    kinds = set()
+    met = set()
 
     class Recorder:
         def __init__(self, kernel: Any) -> None:
@@ -112,7 +134,10 @@ def launches(architecture: int, cell: str, dtype: str) -> Iterator[tuple[int, An
         stack.enter_context(mock.patch.object(schedule, "_candidates", return_value=plans))
         for name in KERNELS:
             stack.enter_context(mock.patch.object(launch, name, Recorder(getattr(launch, name))))
-        for H in SIZES:
+        for H, every in sizes.items():
+            odd = H % 16 > 0
+            if odd and dtype not in ODD:
+                continue
             problem = make_problem(cell, Shape(2, 16, 16, H), dtype=dtypes[dtype])
             weights = map(list, problem.weights)
             layer = (CELLS[cell].id, problem.x, problem.state, *weights, [False], None, dtype == "tf32")
@@ -122,14 +147,16 @@ def launches(architecture: int, cell: str, dtype: str) -> Iterator[tuple[int, An
             for backward in (False, True):
                 pass_ = schedule._problem(call.Call.of(*layer), backward)
                 for plan in [*persistent_plans(pass_, device), None]:
-                    kind = (backward, plan and (plan.exchange, plan.chunks > 0))
-                    if kind in kinds and (dtype != ALL_PLANS or plan is None):
+                    kind = (backward, odd, kind_of(plan))
+                    one = (*kind, plan and plan.block_u)
+                    if (one if every and dtype not in ONE_OF_A_KIND else kind) in met or (odd and not plan):
                         continue
-                    kinds.add(kind)
+                    met |= {kind, one}
                     plans[:] = [plan]
                     if backward:
                         ops.sequence_backward(*layer, y, saved, y, final, True, True)
                     else:
+                        ops.sequence(*layer)
                         ops.sequence_forward(*layer)
                     for kernel, arguments in launched:
                         persistent = kernel.fn.__name__.startswith("persistent")
@@ -185,13 +212,12 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one cell, dtype and architecture")
     parser.add_argument("--architectures", nargs="*", type=int, default=tuple(ARCHITECTURES))
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--dtypes", nargs="*", default=DTYPES)
+    parser.add_argument("--sizes", nargs="*", type=int, default=tuple(SIZES))
+    parser.add_argument("--brief", action="store_true", help="one plan of each kind")
     options = parser.parse_args()
-    chosen = (
-        ([90], ["gru"], ["tf32"]) if options.quick else (options.architectures, options.cells, options.dtypes)
-    )
-    for row in compiled(*chosen):
+    sizes = {H: SIZES[H] and not options.brief for H in options.sizes}
+    for row in compiled(options.architectures, options.cells, options.dtypes, sizes):
         print(json.dumps(row), flush=True)

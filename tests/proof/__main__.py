@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from . import compilation, document, suite
+from . import compilation, document, suite, triton_kernels
 from .compilation import ROOT, CompilationError, Unit
 from .document import Proof
 from .emulator import (
@@ -24,6 +24,7 @@ from .emulator import (
     run,
 )
 from .mutation import Mutant, mutants, scan, verdict
+from .triton_kernels import Part
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +45,13 @@ def prove_compilation(proof: Proof, units: Iterable[Unit]) -> None:
                 f"{r.kernel or r.name} on sm_{r.architecture}: "
                 f"{r.spills} bytes of spills, {r.stack} of stack, {r.shared} of static shared memory"
             )
+
+
+def prove_triton(proof: Proof, versions: list[triton_kernels.Version], parts: Iterable[Part]) -> None:
+    proof.triton = versions
+    for found in do_all("compiled by triton", triton_kernels.rows, parts):
+        proof.triton_rows += found
+    proof.failures += filter(None, map(triton_kernels.faults, proof.triton_rows))
 
 
 def prove_results(proof: Proof, kernels: Iterable[Kernel]) -> None:
@@ -97,6 +105,11 @@ def main() -> int:
         prove_results(proof, [*persistent, *stepwise])
         prove_mutations(proof, persistent)
         prove_compilation(proof, units)
+        versions = triton_kernels.versions()
+        parts = triton_kernels.parts(versions)
+        if options.quick:
+            parts = [part for part in parts if part[1:] == (90, "gru", True)]
+        prove_triton(proof, versions, parts)
     except (CompilationError, EmulatorError) as error:
         print(f"proof: {error}", file=sys.stderr)
         return 2
@@ -106,7 +119,8 @@ def main() -> int:
     for failure in proof.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     caught, total = sum(map(bool, proof.verdicts.values())), len(proof.verdicts)
-    print(f"{output}: {len(proof.resources)} kernels compiled, {proof.schedules.total()} schedules emulated,")
+    compiled = len(proof.resources) + len(proof.triton_rows)
+    print(f"{output}: {compiled} kernels compiled, {proof.schedules.total()} schedules emulated,")
     print(f"{caught} of {total} mutants caught, {len(proof.failures)} failures")
     return 1 if proof.failures else 0
 

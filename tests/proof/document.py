@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fusedrnn.lib import _testing
+from tests import triton_proof
 from tests.test_plan import DEVICES, persistent_pass
 
 from .compilation import ROOT, Resources
 from .emulator import PERSISTENT_KERNELS, STEPWISE_KERNELS, Kernel
 from .mutation import Mutant
+from .triton_kernels import Row, Version
 
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE_B, REFERENCE_SIZES = 16, (1024, 512, 256, 128, 64)
@@ -23,9 +25,11 @@ NO_GPU = ("cpu", "emulator", "local")  # folders of other results
 NOT_YET = "not yet"
 
 INTRODUCTION = """\
-# What is proven about the CUDA kernels without a GPU
+# What is proven about the kernels without a GPU
 
 Written by `make proof`; to change it, change what it is about. {holds}
+Of the CUDA kernels; those in Triton stand at the end.
+
 - **Compiled.** Every instantiation, by {compiler}, for {targets}.
   Registers, spills and stack, in bytes of a thread, are what `ptxas -v` says.
   Of {kernels} kernels, each compiled for each of these, {spilling} spill and {stacked} have a stack frame.
@@ -51,6 +55,24 @@ barrier, an mbarrier, or a block that ends. A place that no kernel runs would be
 """
 
 
+TRITON = """\
+## Triton kernels
+
+The same passes as Triton kernels, for GPUs that the CUDA kernels were not built for.
+
+- **Compiled** ahead of time by {versions}, for {targets}: what every launch of inference and of a
+  training step compiles, by every kind of plan; in bf16, tf32 and fp32, by the newest, by every plan.
+  Sizes are H = {sizes}; of those that 16 does not divide, elements are loaded one
+  by one. Of {count} kernels {stacked} have a stack, which is where spills would go.{absent}
+- **Interpreted.** `make test` runs every schedule in Triton's interpreter against the reference, forward and
+  backward; programs that would wait for one another run step by step there.
+
+Registers of a thread, stack and shared memory are the largest of the plans compiled, as the binaries
+have them. That programs which wait for one another do so by acquire and release was read from the PTX.
+
+"""
+
+
 @dataclass
 class Proof:
     """What was found.
@@ -62,6 +84,8 @@ class Proof:
         schedules: how many each kernel ran under, correctly.
         sites: the operation at every place the scan of the sources found.
         verdicts: how each mutant was found to be wrong; empty if it was not.
+        triton: the versions of Triton, also those that could not be had.
+        triton_rows: what each of its kernels needs.
         failures: what is not as it must be, in words.
     """
 
@@ -71,6 +95,8 @@ class Proof:
     schedules: Counter[Kernel] = field(default_factory=Counter)
     sites: dict[str, str] = field(default_factory=dict)
     verdicts: dict[Mutant, str] = field(default_factory=dict)
+    triton: list[Version] = field(default_factory=list)
+    triton_rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def score(self, kernel: Kernel) -> tuple[int, int]:
@@ -195,6 +221,51 @@ def _site_table(proof: Proof) -> str:
     return _table(["place", "operation", "left out", "weakened"], rows)
 
 
+_TRITON_ORDER = ("block", "grid, on chip", "grid, from L2", "stepwise")
+
+
+def _triton(proof: Proof) -> Iterator[str]:
+    names = sorted({r["triton"] for r in proof.triton_rows})
+    yield TRITON.format(
+        versions=" and ".join(f"Triton {name}" for name in names),
+        targets=", ".join(f"sm_{a}" for a in triton_proof.ARCHITECTURES),
+        count=len(proof.triton_rows),
+        stacked=sum(r["stack"] > 0 for r in proof.triton_rows),
+        sizes=", ".join(map(str, sorted(triton_proof.SIZES))),
+        absent="".join(f"\n  Triton {v.name} could not be had: {v.why}." for v in proof.triton if v.why),
+    )
+    architectures = " / ".join(map(str, triton_proof.ARCHITECTURES))
+    dates = gpu_dates()
+    for kind in _TRITON_ORDER:
+        rows = []
+        of_kind = [r for r in proof.triton_rows if r["kind"] == kind]
+        for kernel, cell, dtype in dict.fromkeys((r["kernel"], r["cell"], r["dtype"]) for r in of_kind):
+            found = [r for r in of_kind if (r["kernel"], r["cell"], r["dtype"]) == (kernel, cell, dtype)]
+            registers = [
+                " / ".join(
+                    str(
+                        max(
+                            (r["registers"] for r in found if (r["triton"], r["architecture"]) == (name, a)),
+                            default="–",
+                        )
+                    )
+                    for a in triton_proof.ARCHITECTURES
+                )
+                for name in names
+            ]
+            rows.append(
+                [
+                    *(f"`{kernel}`", cell, dtype, *registers, max(r["stack"] for r in found)),
+                    f"{-(-max(r['shared'] for r in found) // 1024)} KiB",
+                    len({r["plan"] for r in found}),
+                    dates.get((f"triton {kind.partition(',')[0]}", cell, dtype), NOT_YET),
+                ]
+            )
+        head = ["kernel", "cell", "dtype", *(f"registers {architectures}, by {name}" for name in names)]
+        yield f"### Triton: {kind}\n"
+        yield _table([*head, "stack", "shared memory", "plans", "run on a GPU"], sorted(rows)) + "\n"
+
+
 def text(proof: Proof) -> str:
     """The whole document."""
     caught, mutants = sum(map(bool, proof.verdicts.values())), len(proof.verdicts)
@@ -214,4 +285,5 @@ def text(proof: Proof) -> str:
         mutants=mutants,
         percent=f"{100 * caught / max(mutants, 1):.4g}",
     )
-    return "\n".join([introduction, _site_table(proof), "\n## Kernels\n", *_kernel_tables(proof)])
+    kernels = [introduction, _site_table(proof), "\n## Kernels\n", *_kernel_tables(proof)]
+    return "\n".join([*kernels, *_triton(proof)])
