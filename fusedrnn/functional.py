@@ -153,9 +153,12 @@ def _run(
         return *onnx.sequence(cell, x, state, *weights, reverse, batch_sizes), []
     if not mixed:
         return run(cell, x, state, *weights, reverse, batch_sizes, *extras)
-    args: Any = autocast.cast(cell, device, (x, state, *weights), promote=promote)
+    uncast = (x, state, *weights)
+    args: Any = autocast.cast(cell, device, uncast, promote=promote)
     with torch.autocast(device, enabled=False):
-        return run(cell, *args, reverse, batch_sizes, *extras)
+        y, final, states = run(cell, *args, reverse, batch_sizes, *extras)
+    autocast.widen(cell, device, uncast, final)
+    return y, final, states
 
 
 def _plan(

@@ -27,6 +27,17 @@ FEATURES: dict[str, dict[str, str]] = {
         "ensembles": "`stack_module_state` and `vmap(functional_call)`: N recurrences of one launch",
         "per-sample gradients": "`vmap(grad(loss))`, in one launch forward and one backward",
     },
+    "Compilers": {
+        "torch.compile": "`fullgraph=True`, dynamic shapes, packed input, training; no setting changed",
+        "torch.export": "one program for every batch and length, which can be trained",
+        "AOTInductor": "`torch._inductor.aoti_compile_and_package`",
+        "ONNX": "`torch.onnx.export`: one standard operator a layer, checked in onnxruntime",
+    },
+    "Precision": {
+        "autocast": "bf16 and fp16, with the built-in's dtypes in and out",
+        "GradScaler": "fp16 gradients that overflow are inf, and the step is skipped",
+        "fp32 precision": "`allow_tf32` and `fp32_precision` decide whether products take tf32 operands",
+    },
     "Sequences": {
         "lengths": "`lengths=`: sequences of different lengths without packing",
         "reset": "`reset=`: the state set before any step of any sequence",
