@@ -296,7 +296,8 @@ def _over_grid(p: Problem, device: Device, units: int) -> Plan | str:
         block_k = _held_block_k(p, units)
         chunks = -(-p.H // block_k)
     several = chunks > 1 and not p.backward
-    registers = 0 if several or (chunks and p.element_bytes == 4) else _REGISTERS
+    few = p.backward and not p.tensor_cores  # are needed
+    registers = 0 if several or few or (chunks and p.element_bytes == 4) else _REGISTERS
     # Products without tensor cores take longer than their loads, and each load of a single element that is
     # under way would need an address in registers.
     stages = 4 if p.tensor_cores and p.H % _ALIGNED == 0 else 1
@@ -307,15 +308,15 @@ def _over_grid(p: Problem, device: Device, units: int) -> Plan | str:
 def _held_block_k(p: Problem, units: int) -> int:
     if p.backward and p.element_bytes == 4 and units > 16:  # as much as fits the registers
         return 32
-    return 64 if units > 16 or p.backward else 128
+    return 64 if units > 16 or p.backward or p.H % _ALIGNED else 128
 
 
 def _why_not_held(p: Problem, device: Device, units: int) -> str:
     """Why the weights of so many units cannot stay on chip; empty if they can."""
     if not p.tensor_cores:
         return "ieee fp32 products are not unrolled over all of K"
-    if p.element_bytes == 4 and p.H % _ALIGNED:
-        return f"H={p.H} is no multiple of {_ALIGNED}: single elements of 4 bytes would fill the registers"
+    if p.H % _ALIGNED and (p.element_bytes == 4 or (units > 16 and not p.backward)):
+        return f"H={p.H} is no multiple of {_ALIGNED}: loads of single elements would fill the registers"
     if p.H > _MOST_HELD:
         return f"H={p.H} is above the {_MOST_HELD} units of K that products are unrolled for"
     block_k = _held_block_k(p, units)
