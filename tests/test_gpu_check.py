@@ -17,9 +17,19 @@ import pytest
 import torch
 from rich.console import Console
 
+import fusedrnn
 from benchmarks import gates, timing
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import correctness, library, primitives, problems, sanitizer, speed, workers
+from benchmarks.gpu_check import (
+    correctness,
+    library,
+    primitives,
+    problems,
+    sanitizer,
+    speed,
+    triton_backend,
+    workers,
+)
 from benchmarks.gpu_check.checks import FAILED, NOT_RUN, PASSED, Check, Context, Settings, run_check
 from benchmarks.shapes import Shape
 from fusedrnn import ops
@@ -48,11 +58,11 @@ def wrong(monkeypatch):
     """The kernels' y is off by a tenth, when ``schedule`` is forced or, if that is None, always."""
     sequence = ops.sequence
 
-    def install(schedule=None):
+    def install(schedule=None, kernels="emulator"):
         def scaled(backend, *args):
-            y, final = sequence(backend, *args)
-            off = backend == "emulator" and schedule in (None, os.environ.get("FUSEDRNN_SCHEDULE"))
-            return (y * 1.1 if off else y), final
+            y, *rest = sequence(backend, *args)
+            off = backend == kernels and schedule in (None, os.environ.get("FUSEDRNN_SCHEDULE"))
+            return y * 1.1 if off else y, *rest
 
         monkeypatch.setattr(ops, "sequence", scaled)
 
@@ -68,10 +78,22 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert report["environment"]["backend"] == "emulator"
     stages = stages_of(report)
     needing_a_gpu = {"primitives", "graphs", "streams", "sanitizer", "plans"}
-    assert stages.keys() == needing_a_gpu | {"parity", "repeats", "timing"}
+    assert stages.keys() == needing_a_gpu | {"parity", "repeats", "timing", "triton"}
     for name in needing_a_gpu:
         (record,) = stages[name]["records"]
         assert (record["verdict"], record["why"]) == (NOT_RUN, "needs a GPU")
+    assert stages["triton"]["verdict"] == "passed in part"  # CUDA graphs need one
+    of_triton = {r["check"]: r for r in stages["triton"]["records"]}
+    assert all((r["verdict"] == NOT_RUN) == name.startswith("graph") for name, r in of_triton.items())
+    met = {(r["cell"], r["schedule"], r["precision"]) for r in of_triton.values() if "allowed" in r}
+    every = itertools.product(CELLS, triton_backend.SCHEDULES, ("fp32", "bf16"))
+    assert met == {(c, f"triton {s}", p) for c, s, p in every if triton_backend.exists(s, p)}
+    assert {r["repeats"] for r in of_triton.values() if "repeats" in r} == {correctness.QUICK_REPEATS}
+    (timed,) = (r for name, r in of_triton.items() if name.startswith("time"))
+    assert timed["ratios"].keys() == {
+        *(f"triton {s}" for s in ("planned", *triton_backend.SCHEDULES)),
+        "emulator planned",
+    }
     for name in ("parity", "repeats", "timing"):
         assert stages[name]["verdict"] == PASSED
 
@@ -100,6 +122,27 @@ def test_a_wrong_backend_fails(tmp_path, capsys, wrong):
     assert "FAILED fp32 stepwise lstm" in capsys.readouterr().out
 
 
+def test_a_wrong_triton_schedule_fails(tmp_path, wrong, monkeypatch):
+    """Its checks fail, its time is not taken, and the CUDA kernels are not blamed."""
+    monkeypatch.setattr(triton_backend, "CELLS", ["rnn_tanh"])
+    wrong("block", "triton")
+    status, report = run(tmp_path, "--stages", "triton")
+    assert status == 1
+    for record in stages_of(report)["triton"]["records"]:
+        if record["check"].startswith("time"):
+            assert record["faults"].keys() == {"triton block"}
+            assert record["ratios"].keys() >= {"triton grid", "emulator planned"}
+        elif "allowed" in record:
+            assert (record["verdict"] == FAILED) == (record["schedule"] == "triton block")
+
+
+def test_without_triton(tmp_path, capsys, monkeypatch):
+    status = fusedrnn.BackendStatus("triton", False, "triton could not be imported")
+    monkeypatch.setattr(fusedrnn, "backends", lambda: {**fusedrnn.backend.backends(), "triton": status})
+    assert run(tmp_path, "--stages", "triton")[0] == 0
+    assert "triton could not be imported" in capsys.readouterr().out
+
+
 def test_too_narrow_a_tolerance_fails(tmp_path, monkeypatch):
     narrow = {name: p._replace(cap=0.01) for name, p in gates.PRECISIONS.items()}
     monkeypatch.setattr(gates, "PRECISIONS", narrow)
@@ -124,8 +167,8 @@ def test_runs_that_differ_are_counted(tmp_path, monkeypatch):
 
     def unsteady(backend, *args):
         calls.append(backend)
-        y, final = sequence(backend, *args)
-        return (y + math.nan if len(calls) == 3 else y), final
+        y, *rest = sequence(backend, *args)
+        return y + math.nan if len(calls) == 3 else y, *rest
 
     monkeypatch.setattr(ops, "sequence", unsteady)
     status, report = run(tmp_path, "--stages", "repeats")
@@ -218,7 +261,8 @@ def pretend(monkeypatch):
     """torch's CUDA, as far as the checks use it, on a CPU; a graph runs its call again, or nothing."""
 
     def install(replays=True):
-        def capture(call):
+        def capture(call, warm_up=None):
+            (warm_up or call)()
             results = call()
 
             def replay():
@@ -228,7 +272,7 @@ def pretend(monkeypatch):
 
             return SimpleNamespace(replay=replay), results
 
-        for module in (correctness, speed):
+        for module in (correctness, speed, triton_backend):
             monkeypatch.setattr(module, "capture", capture)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
@@ -252,12 +296,27 @@ def test_a_graph_is_replayed_for_other_inputs(pretend, schedule, training):
     assert "replayed and eager results: y" in record["why"]
 
 
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_graph_of_lengths_never_seen(pretend, monkeypatch, replays):
+    pretend()
+    if not replays:  # what a graph returns that was captured for other lengths
+        capture = triton_backend.capture
+        monkeypatch.setattr(
+            triton_backend, "capture", lambda call, warm_up: (capture(call)[0], {"y": torch.zeros(1)})
+        )
+    monkeypatch.setattr(problems.Problem, "results", lambda self: {"y": self.forward()["y"]})
+    case = problems.Case("rnn_tanh", 3, 3, 4, 20, packed=True)
+    check = partial(triton_backend.check_unseen_batch, PRETENDED._replace(backend="triton"), case, "grid")
+    record = run_check(Check("", check), Context(timing.Deadline(60)))
+    assert record["verdict"] == (PASSED if replays else FAILED), record
+
+
 def test_streams_are_compared(pretend, monkeypatch):
     pretend()
     pair = [("block", TWO[0]), ("grid", TWO[1])]
     assert record_of(correctness.check_streams, pair, -1)["verdict"] == PASSED
     sequence, calls = ops.sequence, itertools.count()
-    monkeypatch.setattr(ops, "sequence", lambda *args: (sequence(*args)[0] * (1 + (next(calls) > 3)), []))
+    monkeypatch.setattr(ops, "sequence", lambda *args: (sequence(*args)[0] * (1 + (next(calls) > 3)), [], []))
     monkeypatch.setattr(problems.Problem, "results", problems.Problem.forward)
     record = record_of(correctness.check_streams, pair, 0)
     assert (record["verdict"], record["why"][:12]) == (FAILED, "block gru T3")

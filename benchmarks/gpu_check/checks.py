@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.timing import Deadline
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-NEVER_CAME = "waited for a block that never came"  # in what the ops raise once a kernel's patience ended
+NEVER_CAME = "that never came"  # in what the ops raise once a kernel's patience ended
 
 Record = dict[str, Any]  # of a check: "check", "verdict", "why", "seconds", and its figures
 

@@ -109,14 +109,14 @@ def parity_checks(settings: Settings) -> list[Check]:
     ]
 
 
-def show_parity(records: Sequence[Record], console: Console) -> None:
+def show_parity(records: Sequence[Record], console: Console, schedules: Sequence[str] = SCHEDULES) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("cell")
     table.add_column("schedule")
     precisions = [p for p in gates.PRECISIONS if any(r.get("precision") == p for r in records)]
     for precision in precisions:
         table.add_column(precision, justify="right", no_wrap=True)
-    for cell, schedule in itertools.product(CELLS, SCHEDULES):
+    for cell, schedule in itertools.product(CELLS, schedules):
         rows = [
             [
                 r
@@ -241,13 +241,16 @@ def check_graph(
     return {"schedule": schedule}
 
 
-def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call and what the call returned. Warmed up first, on a stream of its own."""
+def capture(
+    call: Callable[[], Any], warm_up: Callable[[], Any] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call and what the call returned. Warmed up first, on a stream of its own, by itself or
+    by another call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            call()
+            (warm_up or call)()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -73,17 +73,19 @@ def swept_calls() -> Iterator[Timed]:
 
 def check_speed(settings: Settings, what: Timed, context: Context) -> dict[str, Any]:
     schedules = ["planned", *PERSISTENT] + ["stepwise"] * (what.shape.H >= STEPWISE_FROM)
-    return _measure(settings, what, schedules, context)
+    return measure(settings, what, schedules, context)
 
 
 def check_plans(settings: Settings, what: Timed, context: Context) -> dict[str, Any]:
     """Times every plan of the call's last pass; what the other pass cannot have is refused."""
     plans = what.plans(backward=what.mode == "training")
-    return _measure(settings, what, [str(plan) for plan in plans], context)
+    return measure(settings, what, [str(plan) for plan in plans], context)
 
 
-def _measure(settings: Settings, what: Timed, schedules: Sequence[str], context: Context) -> dict[str, Any]:
+def measure(settings: Settings, what: Timed, schedules: Sequence[str], context: Context) -> dict[str, Any]:
     """Times the built-in and, of the schedules, those that are right.
+
+    A schedule is one of ``settings.backend``, or has its backend before it: ``triton grid``.
 
     Raises:
         Failed: one is wrong; the figures of the others are in the error.
@@ -129,7 +131,8 @@ def ratio(builtin: Sequence[float], ours: Sequence[float]) -> float:
 
 
 def _call(settings: Settings, schedule: str, layer: Any, inputs: Inputs, mode: str) -> dict[str, Any]:
-    with forced(settings.backend, PLANNED if schedule == "planned" else schedule):
+    backend, _, schedule = schedule.rpartition(" ")
+    with forced(backend or settings.backend, PLANNED if schedule == "planned" else schedule):
         return call(layer, inputs, mode)
 
 
@@ -221,12 +224,17 @@ def plan_checks(settings: Settings) -> list[Check]:
 
 
 def show_speed(records: Sequence[Record], console: Console) -> None:
+    show_times(records, console, ("planned", *PERSISTENT, "stepwise"), "planned")
+
+
+def show_times(records: Sequence[Record], console: Console, names: Sequence[str], planned: str) -> None:
+    """A table for each precision and mode; of ``planned``, the mean ratio to the built-in."""
     rows = [r for r in records if "microseconds_per_step" in r]
     for precision, mode in itertools.product(PRECISIONS, MODES):
         chosen = [r for r in rows if (r["precision"], r["mode"]) == (precision, mode)]
         if chosen:
-            console.print(_table(f"{precision}, {mode}: µs per step (ratio to the built-in)", chosen))
-            ratios = [r["ratios"]["planned"] for r in chosen if "planned" in r["ratios"]]
+            console.print(_table(f"{precision}, {mode}: µs per step (ratio to the built-in)", chosen, names))
+            ratios = [r["ratios"][planned] for r in chosen if planned in r["ratios"]]
             if ratios:
                 mean = timing.geometric_mean(ratios)
                 console.print(f"As planned, geometric mean: {mean:.2f}×, lowest {min(ratios):.2f}×.\n")
@@ -237,16 +245,15 @@ def show_speed(records: Sequence[Record], console: Console) -> None:
     )
 
 
-def _table(title: str, records: Sequence[Record]) -> Table:
+def _table(title: str, records: Sequence[Record], names: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    names = ("builtin", "planned", *PERSISTENT, "stepwise")
     for name in ("cell", "H", "B"):
         table.add_column(name)
-    for name in names:
+    for name in ("builtin", *names):
         table.add_column(name, justify="right", no_wrap=True)
     for r in records:
         _, B, _, H = r["shape"]
-        table.add_row(r["cell"], str(H), str(B), *(_cell(r, name) for name in names))
+        table.add_row(r["cell"], str(H), str(B), *(_cell(r, name) for name in ("builtin", *names)))
     return table
 
 
