@@ -379,7 +379,7 @@ def test_a_plan_is_explained():
         (wide, H200, "stepwise", "stepwise", "grid:32", "FUSEDRNN_SCHEDULE=stepwise"),
         (wide, H200._replace(multiprocessors=9), None, "stepwise", "grid:16", "its 32 programs wait"),
         (wide._replace(H=2048), H200, "grid", "persistent", "weights on chip", "H=2048 is above"),
-        (wide._replace(H=1000), Device(132, 99 << 10), "grid:64", "persistent", "weights on chip", "512 KiB"),
+        (wide._replace(H=992), Device(132, 99 << 10), "grid:64", "persistent", "weights on chip", "512 KiB"),
         (wide._replace(tensor_cores=False), H200, None, "persistent", "weights on chip", "ieee fp32"),
         (
             wide._replace(H=100),
