@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections import Counter
 
 import pytest
 
-from .proof import compilation, document
+from .proof import compilation, document, triton_kernels
 from .proof.compilation import CompilationError, Resources
 from .proof.emulator import Kernel
 from .proof.mutation import CUDA, Mutant, ScanError, operations, scan
+from .proof.triton_kernels import Version
 
 PERSISTENT = (
     "_ZN8fusedrnn4cuda10persistentINS0_12BackwardPassINS_4LstmENS0_15BFloat16OperandEEE"
@@ -152,3 +154,62 @@ def test_a_document_says_what_failed():
     assert "| `exchange.h:9` | `sync_block` | 1 of 1: race 1 | 0 of 1 |" in text
     assert "| lstm | bf16 | – / 234 | 28 | 8 |" in text
     assert "| `previous_rows_kernel<Half>` | – / 30 | 0 | 0 | 90a |" in text
+
+
+ROW = {
+    "triton": "3.6.0", "kernel": "persistent_forward", "cell": "gru", "dtype": "tf32", "H": 512,
+    "plan": "grid of 16 with 32 units of 16 sequences each, weights from L2", "kind": "grid, from L2",
+    "architecture": 80, "registers": 180, "stack": 0, "shared": 53248, "acquires": 1, "releases": 1,
+}  # fmt: skip
+
+
+def test_a_document_of_triton_kernels():
+    wider = ROW | {"plan": "grid of 8 with 64 units of 16 sequences each, weights from L2", "registers": 200}
+    proof = document.Proof(
+        "nvcc 1.2.3",
+        ["80"],
+        triton=[Version("3.6.0"), Version("newest", why="no such index")],
+        triton_rows=[ROW, wider, ROW | {"architecture": 100, "stack": 8, "shared": 1}],
+    )
+    text = document.text(proof)
+    assert "by Triton 3.6.0, for sm_80, sm_90, sm_100" in text
+    assert "Of 3 kernels 1 have a stack" in text
+    assert "Triton newest could not be had: no such index." in text
+    assert "| `persistent_forward` | gru | tf32 | 200 / – / 180 | 8 | 52 KiB | 2 | not yet |" in text
+
+
+def test_versions_of_triton(monkeypatch, tmp_path):
+    """What is installed here serves as it is; others are installed once, in folders; what fails is said."""
+    asked = []
+
+    def pip(*arguments):
+        asked.append(arguments)
+        if "--dry-run" in arguments:
+            return json.dumps({"install": [{"metadata": {"version": "9.9.9"}}]})
+        if "triton==9.9.9" in arguments:
+            raise subprocess.CalledProcessError(1, "pip", stderr="WARNING: slow\nERROR: no network\n")
+        (tmp_path / "triton-3.6.0" / "triton-3.6.0.dist-info").mkdir(parents=True)
+        return ""
+
+    monkeypatch.setattr(triton_kernels, "_pip", pip)
+    monkeypatch.setattr(triton_kernels, "FOLDER", tmp_path)
+    triton_kernels.newest.cache_clear()
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "3.7.1")
+    for _ in range(2):
+        oldest, newest, installed = triton_kernels.versions()
+        assert oldest == Version("3.6.0", tmp_path / "triton-3.6.0")
+        assert newest == Version("9.9.9", why="ERROR: no network")
+    assert sum("triton==3.6.0" in arguments for arguments in asked) == 1
+    assert installed == Version("3.7.1")
+    parts = triton_kernels.parts([oldest, newest, installed])
+    assert {(part.version.name, part.brief) for part in parts} == {("3.6.0", True), ("3.7.1", False)}
+    triton_kernels.newest.cache_clear()
+
+    def offline(*_):
+        raise subprocess.CalledProcessError(1, "pip", stderr="")
+
+    monkeypatch.setattr(triton_kernels, "_pip", offline)
+    oldest, newest, installed = triton_kernels.versions()
+    assert (newest.name, newest.why) == ("newest", "pip ended with 1")
+    assert installed == Version("3.7.1")
+    triton_kernels.newest.cache_clear()

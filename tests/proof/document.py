@@ -84,9 +84,9 @@ class Proof:
         schedules: how many each kernel ran under, correctly.
         sites: the operation at every place the scan of the sources found.
         verdicts: how each mutant was found to be wrong; empty if it was not.
+        failures: what is not as it must be, in words.
         triton: the versions of Triton, also those that could not be had.
         triton_rows: what each of its kernels needs.
-        failures: what is not as it must be, in words.
     """
 
     compiler: str
@@ -95,9 +95,9 @@ class Proof:
     schedules: Counter[Kernel] = field(default_factory=Counter)
     sites: dict[str, str] = field(default_factory=dict)
     verdicts: dict[Mutant, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
     triton: list[Version] = field(default_factory=list)
     triton_rows: list[Row] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
 
     def score(self, kernel: Kernel) -> tuple[int, int]:
         """Of its mutants, how many were caught, and how many there are."""

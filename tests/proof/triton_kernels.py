@@ -76,14 +76,13 @@ def version(name: str) -> Version:
 
 
 def versions() -> list[Version]:
-    """The oldest and the newest; what cannot be had says why."""
+    """The oldest and the newest; what cannot be had says why, and the one of this Python takes its place."""
     try:
         latest = version(newest())
     except subprocess.CalledProcessError as error:
-        installed = importlib.metadata.version("triton")
-        latest = Version("newest", why=f"{_last_line(error)}; the one of this Python is {installed}")
-        return [version(OLDEST), latest, Version(installed)]
-    return [version(OLDEST), latest]
+        installed = Version(importlib.metadata.version("triton"))
+        return [version(OLDEST), Version("newest", why=_last_line(error)), installed]
+    return [version(OLDEST), latest, *[version(importlib.metadata.version("triton"))] * bool(latest.why)]
 
 
 def _last_line(error: subprocess.CalledProcessError) -> str:
