@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import kernel_table, report, timing, train_text
-from .gates import PRECISIONS, matmul_precision
-from .shapes import QUICK_SHAPES, SHAPES
+from fusedrnn.accuracy import PRECISIONS, matmul_precision
+from fusedrnn.bench import peers, sets, timing
+from fusedrnn.bench import table as kernel_table
+from fusedrnn.bench.report import environment as where
+
+from . import report, train_text
 
 DESCRIPTION = """\
 Compares fusedrnn with torch.nn on this machine, in about three minutes.
@@ -78,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.width = 130  # a log file has no width; the table needs this one
     idle = timing.idle_cpus()
     set_threads(options.threads, idle, console)
-    environment = report.environment(options.device, options.seed, idle)
+    environment = where(options.device, options.seed, idle)
     show_environment(environment, console)
 
     training = table = None
@@ -98,10 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.rule("Kernels", align="left")
         table = kernel_table.run(
             options.device,
-            QUICK_SHAPES if options.quick else SHAPES,
+            sets.entries("quick" if options.quick else "default"),
             options.precision,
             seconds=options.seconds - (time.monotonic() - start),
             seed=options.seed,
+            beside=[*peers.installed(["onnxruntime"])],
         )
         kernel_table.show(table, console)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import fusedrnn
-
-from .kernel_table import call, make_inputs
-from .shapes import CELLS, MODES, SHAPES, Cell, Shape
+from fusedrnn.bench.sets import SHAPES
+from fusedrnn.trial import CELLS, MODES, Cell, Shape, call, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATIONS = {"builtin": torch.nn, "fusedrnn": fusedrnn}

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fusedrnn
-
-from . import timing
+from fusedrnn.bench import timing
 
 BATCH = 32  # B: parallel places in the text
 WINDOW = 64  # T: characters per step; the state is carried from window to window, gradients are not

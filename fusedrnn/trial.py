@@ -16,8 +16,11 @@ MODES = ("inference", "training")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call, as in the dims legend. Packed: the lengths fall evenly from T to about T/B. T=1:
-    streaming, a step a call."""
+    """Sizes of one call, as in the dims legend.
+
+    Packed: the lengths fall evenly from T to about T/B. T=1: streaming, a step a call. Resets: the share of
+    steps at which a sequence starts anew, from zeros.
+    """
 
     T: int
     B: int
@@ -27,12 +30,14 @@ class Shape:
     layers: int = 1
     bidirectional: bool = False
     P: int = 0
+    resets: float = 0.0
 
     def __str__(self) -> str:
         words = [f"T{self.T} B{self.B} I{self.I} H{self.H}"]
         words += [f"P{self.P}"] if self.P else []
         words += [f"L{self.layers}"] if self.layers > 1 else []
         words += ["both ways"] if self.bidirectional else []
+        words += [f"resets {self.resets:.0%}"] if self.resets else []
         return " ".join(words + ["packed"] * self.packed)
 
     @property
@@ -131,14 +136,14 @@ class Inputs(NamedTuple):
     dy: Tensor
     dstate: list[Tensor]
     batch_sizes: Tensor | None
+    reset: Tensor | None = None  # [T, B] bool
 
     def to(self, dtype: torch.dtype) -> Inputs:
         def cast(t: Tensor) -> Tensor:
             return t.detach().to(dtype).requires_grad_(t.requires_grad)
 
-        return Inputs(
-            cast(self.x), [*map(cast, self.state)], cast(self.dy), [*map(cast, self.dstate)], self.batch_sizes
-        )
+        states = ([*map(cast, self.state)], cast(self.dy), [*map(cast, self.dstate)])
+        return Inputs(cast(self.x), *states, self.batch_sizes, self.reset)
 
 
 def make_inputs(cell: Cell, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -157,6 +162,7 @@ def make_inputs(cell: Cell, shape: Shape, dtype: torch.dtype, device: torch.devi
         dy=normal(*steps, shape.output),
         dstate=[normal(*size) for size in states],
         batch_sizes=shape.batch_sizes if shape.packed else None,
+        reset=(torch.rand(steps, generator=generator) < shape.resets).to(device) if shape.resets else None,
     )
 
 
@@ -201,9 +207,26 @@ def call(layer: torch.nn.Module, inputs: Inputs, mode: str) -> dict[str, Tensor]
 
 def _forward(layer: torch.nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     x: Any = inputs.x if inputs.batch_sizes is None else PackedSequence(inputs.x, inputs.batch_sizes)
-    y, final = layer(x, tuple(inputs.state) if len(inputs.state) > 1 else inputs.state[0])
+    state: Any = tuple(inputs.state) if len(inputs.state) > 1 else inputs.state[0]
+    if inputs.reset is None:
+        y, final = layer(x, state)
+    elif type(layer).__module__.startswith("fusedrnn."):
+        y, final = layer(x, state, reset=inputs.reset)
+    else:
+        y, final = _by_steps(layer, x, state, inputs.reset)
     states = final if isinstance(final, tuple) else (final,)
     return {
         "y": y if inputs.batch_sizes is None else y.data,
         **{f"final{i}": s for i, s in enumerate(states)},
     }
+
+
+def _by_steps(layer: torch.nn.Module, x: Tensor, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+    """What a user of ``torch.nn`` writes for resets: a step a call, with the state masked before it."""
+    outputs = []
+    for x_t, reset_t in zip(x.unbind(0), reset.unbind(0), strict=True):
+        kept = ~reset_t[:, None]
+        state = tuple(s * kept for s in state) if isinstance(state, tuple) else state * kept
+        y, state = layer(x_t[None], state)
+        outputs.append(y)
+    return torch.cat(outputs), state

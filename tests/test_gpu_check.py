@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 
 import fusedrnn
-from benchmarks import gates, timing
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import (
     correctness,
@@ -31,10 +30,12 @@ from benchmarks.gpu_check import (
     workers,
 )
 from benchmarks.gpu_check.checks import FAILED, NOT_RUN, PASSED, Check, Context, Settings, run_check
-from benchmarks.shapes import Shape
+from fusedrnn import accuracy as gates
 from fusedrnn import ops
+from fusedrnn.bench import timing
 from fusedrnn.cells import CELLS
 from fusedrnn.lib import _testing
+from fusedrnn.trial import Shape
 
 from .test_plan import KIB, GpuDevice, persistent_pass
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.timing import Deadline
+from fusedrnn.bench.timing import Deadline
 
 from . import library
 from .checks import FAILED, NOT_RUN, PASSED, Context, Record, Settings, Stage, not_run, run_checks
@@ -223,7 +223,7 @@ def conclude(results: dict[str, Any], path: Path, console: Console) -> int:
 
 def environment(settings: Settings, commit: str | None) -> dict[str, Any]:
     """Where and with what it was checked."""
-    from benchmarks import report  # and with it matplotlib, for which no worker should wait
+    from fusedrnn.bench import report  # and with it matplotlib, for which no worker should wait
 
     facts = report.environment(settings.device, settings.seed, None)
     facts["commit"] = facts["commit"] or commit
@@ -292,10 +292,10 @@ def slug(name: str) -> str:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Replaces the file in one step: what is there is whole, whenever the run is killed."""
-    from benchmarks import report
+    from fusedrnn.bench import report
 
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(report._finite(results), indent=1, allow_nan=False) + "\n")
+    new.write_text(json.dumps(report.finite(results), indent=1, allow_nan=False) + "\n")
     new.replace(path)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from benchmarks.timing import Deadline
+from fusedrnn.bench.timing import Deadline
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 NEVER_CAME = "that never came"  # in what the ops raise once a kernel's patience ended

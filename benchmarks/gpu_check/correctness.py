@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import gates
+from fusedrnn import accuracy as gates
+from fusedrnn.bench.timing import capture
 from fusedrnn.cells import CELLS
 
 from .checks import FAILED, NOT_RUN, PASSED, Check, Context, Failed, NotRun, Record, Settings, Stage
@@ -239,24 +240,6 @@ def check_graph(
         del reused
         settle(settings.backend, settings.device)
     return {"schedule": schedule}
-
-
-def capture(
-    call: Callable[[], Any], warm_up: Callable[[], Any] | None = None
-) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call and what the call returned. Warmed up first, on a stream of its own, by itself or
-    by another call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            (warm_up or call)()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 def graph_checks(settings: Settings) -> list[Check]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fusedrnn
-from benchmarks import gates
+from fusedrnn import accuracy as gates
 from fusedrnn import env
 from fusedrnn.cells import CELLS
 from fusedrnn.functional import Weights, sequence

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fusedrnn
-from benchmarks import gates, timing
-from benchmarks.kernel_table import Inputs, call, make_inputs
-from benchmarks.shapes import CELLS, MODES, Cell, Shape
+from fusedrnn import accuracy as gates
+from fusedrnn.bench import timing
+from fusedrnn.trial import CELLS, MODES, Cell, Inputs, Shape, call, make_inputs
 
 from . import library
 from .checks import NEVER_CAME, Check, Context, Failed, Record, Settings, Stage

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 import fusedrnn
-from benchmarks import gates
-from benchmarks.shapes import MODES, Shape
+from fusedrnn import accuracy as gates
 from fusedrnn.cells import CELLS
+from fusedrnn.trial import MODES, Shape
 
 from .checks import NOT_RUN, Check, Context, NotRun, Record, Settings, Stage
 from .correctness import (

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.timing import Deadline
+from fusedrnn.bench.timing import Deadline
 
 from .checks import FAILED, Context, Record, Settings, Stage, failed, not_run, run_check
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import info, verify
+from . import bench, info, verify
 
 app = typer.Typer(
     help="Fused recurrent layers for PyTorch: what is installed, whether it is right here, and how fast.",
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("info")(info.info)
 app.command("verify")(verify.verify_command)
+app.command("bench")(bench.bench)
 
 
 @app.callback()
