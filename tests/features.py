@@ -22,6 +22,9 @@ COLUMNS = {"cpu": "cpu", "emulator": "cuda", "triton": "triton", "torch": "torch
 # By section, the features, and the line that the page has for each.
 FEATURES: dict[str, dict[str, str]] = {
     "Derivatives": {
+        "double backward": "gradients of gradients, of any order: gradient penalties",
+        "backward in eval mode": "`eval()` changes dropout, not whether there are gradients",
+        "vectorized gradients": "`jacobian(vectorize=True)`, `is_grads_batched`",
         "forward mode": "`torch.func.jvp` and everything made of it",
         "vmap over inputs": "`torch.func.vmap`: the examples are sequences of one batch",
         "ensembles": "`stack_module_state` and `vmap(functional_call)`: N recurrences of one launch",
@@ -37,6 +40,25 @@ FEATURES: dict[str, dict[str, str]] = {
         "autocast": "bf16 and fp16, with the built-in's dtypes in and out",
         "GradScaler": "fp16 gradients that overflow are inf, and the step is skipped",
         "fp32 precision": "`allow_tf32` and `fp32_precision` decide whether products take tf32 operands",
+    },
+    "Training": {
+        "DDP and FSDP2": "on two ranks, the gradients of one process",
+        "activation checkpointing": "`torch.utils.checkpoint`, reentrant or not",
+        "gradient accumulation": "several backward passes add up; optimizers step in place",
+        "offloaded activations": "saved-tensor hooks, as `torch.autograd.graph.save_on_cpu`",
+        "inference mode": "`torch.inference_mode`",
+        "hooks": "forward and full backward hooks of modules",
+        "pruning": "`torch.nn.utils.prune`",
+        "weight drop": "another tensor in the place of a weight, at every call",
+        "spectral and weight norm": "`torch.nn.utils.parametrizations`, and `parametrize` for one's own",
+    },
+    "Models": {
+        "convert and revert": "`fusedrnn.convert(model)`: every recurrent module, in place",
+        "checkpoints": "a `state_dict` of either loads into the other, and of its optimizer",
+        "copies": "`copy.deepcopy`, `pickle`, `torch.save`",
+        "shared memory": "`share_memory()`: one module for several processes",
+        "meta device": '`torch.device("meta")` and `to_empty`',
+        "dynamic quantization": "`torch.ao.quantization.quantize_dynamic`, after `fusedrnn.revert`",
     },
     "Sequences": {
         "lengths": "`lengths=`: sequences of different lengths without packing",

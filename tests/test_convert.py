@@ -100,6 +100,7 @@ def test_the_model_itself(name: str) -> None:
     assert type(module) is getattr(nn, name)
 
 
+@pytest.mark.feature("convert and revert", nn="no")
 def test_a_model_of_everything(assert_same: Callable) -> None:
     model, x = Model().double().train(), torch.randn(2, 5, 3, dtype=F64)
     model.list.eval()
@@ -143,6 +144,7 @@ def test_what_was_built_with_our_modules_reverts(assert_same: Callable) -> None:
     assert_same(fused, model, x)
 
 
+@pytest.mark.feature("convert and revert")
 def test_hooks_stay(flat: Callable) -> None:
     log: list[str] = []
     module = nn.LSTM(3, 4, dtype=F64)
@@ -204,6 +206,7 @@ def test_parametrizations_stay(assert_same: Callable, name: str, how: str) -> No
     assert_same(module, plain, x)
 
 
+@pytest.mark.feature("convert and revert")
 def test_a_subclass_that_only_adds_is_converted(assert_same: Callable) -> None:
     x = torch.randn(5, 2, 3, dtype=F64)
     module = nn.Sequential(ForgetBias(3, 4, forget_bias=2.0, dtype=F64))

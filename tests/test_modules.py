@@ -424,6 +424,7 @@ class Symmetric(nn.Module):
         return w + w.flip(0)
 
 
+@pytest.mark.feature("pruning", nn="yes")
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 def test_parametrization_and_pruning(backend: str, twins: Callable, assert_same: Callable, name: str) -> None:
     args, kwargs, x, hx = one_layer(name, given_state=True)
@@ -455,6 +456,7 @@ def test_a_parametrization_is_computed_once(backend: str) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.feature("weight drop", nn="yes")
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 def test_weight_drop(backend: str, twins: Callable, assert_same: Callable, name: str) -> None:
     """A parameter deleted and replaced by a tensor with a history: its gradient reaches the raw parameter."""
@@ -542,6 +544,7 @@ def test_dropout_modes(backend: str, twins: Callable, assert_same: Callable, nam
         assert_same(ours.train(), theirs.train(), x)
 
 
+@pytest.mark.feature("inference mode", nn="yes")
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 def test_inference_mode(backend: str, twins: Callable, flat: Callable, name: str) -> None:
     args, kwargs, x, hx = one_layer(name, given_state=True)
@@ -552,6 +555,7 @@ def test_inference_mode(backend: str, twins: Callable, flat: Callable, name: str
             torch.testing.assert_close(a, b, **TOLERANCE[F64])
 
 
+@pytest.mark.feature("hooks", nn="yes")
 @pytest.mark.parametrize("name", LAYERS + CELLS)
 def test_hooks(backend: str, twins: Callable, name: str) -> None:
     args, kwargs, x, _ = one_layer(name)
@@ -625,6 +629,7 @@ AUTOCAST_DTYPES = [
 ]
 
 
+@pytest.mark.feature("autocast")
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("dtypes", AUTOCAST_DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS + CELLS)

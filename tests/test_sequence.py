@@ -197,6 +197,7 @@ def test_gradients_that_nobody_asked_for(cell, backend):
             torch.testing.assert_close(grad, expected[i], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.feature("double backward")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", [*KERNELS, "reference"])
 @pytest.mark.parametrize("cell", CELL_NAMES)

@@ -53,6 +53,26 @@ def outputs(module: nn.Module, flat: Callable) -> Callable[[Tensor], tuple[Tenso
     return lambda x: tuple(flat(module(x)))
 
 
+@pytest.mark.feature("double backward", nn="yes")
+@pytest.mark.feature("backward in eval mode", nn="yes; cuDNN refuses")
+@pytest.mark.parametrize("backend", ["cpu", "emulator", "reference", "torch"], indirect=True)
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_gradient_penalty(kind: str, backend: str, flat: Callable) -> None:
+    """As a critic of a generative model is trained, in training mode and in eval mode."""
+    results = []
+    for module, training in ((build(kind), True), (build(kind), False), (build(kind, nn), True)):
+        module.train(training)
+        torch.manual_seed(4)
+        x = sample(kind).requires_grad_()
+        (g,) = torch.autograd.grad(sum(t.sum() for t in flat(module(x))), x, create_graph=True)
+        ((g.norm(2, -1) - 1).square().mean()).backward()
+        results.append([g.detach(), x.grad, *(p.grad for p in module.parameters())])
+        assert x.grad.abs().sum() > 1e-3
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.feature("forward mode", backends=["reference"])
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_forward_mode(kind: str, flat: Callable) -> None:
@@ -304,6 +324,7 @@ def test_second_order_transforms(name: str) -> None:
             assert a.abs().sum() > 0.01
 
 
+@pytest.mark.feature("vectorized gradients", nn="yes")
 @pytest.mark.parametrize("backend", ["cpu", "emulator", "reference"], indirect=True)
 def test_vectorized_backward(backend: str) -> None:
     """Many gradients of one forward pass that ran outside vmap, to the second order."""
@@ -330,6 +351,10 @@ def test_vectorized_backward(backend: str) -> None:
     for a, *b in zip(together, *alone, strict=True):
         torch.testing.assert_close(a, torch.stack(b))
     assert torch.autograd.gradcheck(run, x, check_batched_grad=True)
+    theirs = nn.LSTM(2, 3, bidirectional=True, dtype=F64)
+    theirs.load_state_dict(module.state_dict())
+    expected = jacobian(lambda x: theirs(x)[0], x, vectorize=True)
+    torch.testing.assert_close(jacobian(lambda x: run(x)[0], x, vectorize=True), expected)
 
 
 def test_random_transforms_of_dropout() -> None:
