@@ -12,7 +12,7 @@
 namespace fusedrnn {
 
 // The numbers are part of the ops' schemas: fusedrnn/cells.py has the same.
-enum class CellId : int64_t { kLstm = 0, kGru = 1, kRnnTanh = 2, kRnnRelu = 3 };
+enum class CellId : int64_t { kLstm = 0, kGru = 1, kRnnTanh = 2, kRnnRelu = 3, kLstmPeephole = 4 };
 
 inline constexpr int kMaxStates = 2;
 
@@ -38,6 +38,7 @@ struct Recurrence {
   const T* weight_hr;  // [P, H]
   int64_t input;       // the first feature of x that is its input
   bool reverse;
+  const T* param;  // [K, H], the cell's parameters; null for a cell that has none
 };
 
 template <class T>
@@ -69,9 +70,11 @@ struct BackwardParams {
   const T* y;                   // [rows, N, P]
   const T* kept[kMaxStates];    // as the forward left them
   const T* dy;                  // [rows, N, P] or null
+  const T* dkept[kMaxStates];   // [1..]: [rows, N, H] or null: gradients of the states of all steps
   T* dstate[kMaxStates];        // [N, B, P], [N, B, H]: of the final states on entry, of the initial on exit
   T *dgx, *dgh;                 // [rows, N, G, H]; one buffer for cells whose gates share a gradient
   T* dprojected;                // [rows, N, P]: gradient of the projected h of each step; null without
+  T* dparam;                    // [N, B, K, H]: added to; null for a cell that has no parameters
   T* h_previous;                // [rows, N, P]: the h each row's step started from; null if not wanted
   T *const *dbias_ih, *const *dbias_hh;  // [N] of [G*H]; null if not wanted
 };

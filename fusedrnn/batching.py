@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .checks import given
 
-_LAYER = 11  # arguments of all three ops; the backward op has those of _INCOMING after them
+_LAYER = 11  # arguments of all three ops; the backward op has more, up to _INCOMING; optional ones follow
+_INCOMING = 17
 _WEIGHTS = slice(3, 8)
 _BATCH_SIZES = 9
 
@@ -129,7 +130,12 @@ def _run(op: Any, E: int, args: tuple[Any, ...], in_dims: tuple[Any, ...]) -> An
         [None] * len(arg) if isinstance(arg, (list, tuple)) and dim is None else dim
         for arg, dim in zip(args, in_dims, strict=True)
     ]
-    layer, incoming = args[:_LAYER], args[_LAYER:]
+    layer, incoming, others = args[:_LAYER], args[_LAYER:_INCOMING], args[_INCOMING:]
+    if any(others) or (len(incoming) == 1 and incoming[0]):
+        raise RuntimeError(
+            "vmap has no rule for the backward of options and of the states of all steps: force the backend "
+            "'reference' around the forward"
+        )
     cell, x, state, *weights, reverse, batch_sizes, tf32 = layer
     weights = [list(given(group)) for group in weights]
     if dims[_BATCH_SIZES] is not None:

@@ -106,7 +106,9 @@ CELLS: dict[str, Cell] = {
         _builtin("rnn_relu", 3, gates=1, states=1, saved=0, step=_rnn_relu, reads_h=False, shares_gates=True),
     )
 }
-CELL_BY_ID: dict[int, Cell] = {cell.id: cell for cell in CELLS.values()}
+# An LSTM with parameters, which only the option of that name asks for: kernels have it as a cell of its own.
+PEEPHOLE = Cell("lstm_peephole", 4, 4, 2, 4, _lstm, reads_h=False, shares_gates=True, compiled=True)
+CELL_BY_ID: dict[int, Cell] = {cell.id: cell for cell in (*CELLS.values(), PEEPHOLE)}
 
 
 def get_cell(name: str) -> Cell:
@@ -151,7 +153,7 @@ def register_cell(
         raise ValueError(f"a cell {name!r} is registered already")
     if gates < 1 or states < 1:
         raise ValueError(f"a cell needs at least one gate and one state, got {gates} and {states}")
-    cell = Cell(name, len(CELLS), gates, states, gates, step, reads_h, shares_gates, triton=triton)
+    cell = Cell(name, len(CELL_BY_ID), gates, states, gates, step, reads_h, shares_gates, triton=triton)
     CELLS[name] = CELL_BY_ID[cell.id] = cell
     return cell
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, batching, differentiable, env, libraries, reference
-from .cells import CELL_BY_ID, Cell, compute_dtype
+from .cells import CELL_BY_ID, PEEPHOLE, Cell, compute_dtype
 from .checks import check, given, inputs_of
 from .variation import PLAIN, Variation
 
@@ -53,11 +53,15 @@ def sequence(
         check(cell, x, *groups, reverse, batch_sizes)
     tensors = [list(group) for group in groups]
     args = (cell.id, x, *tensors, list(reverse), batch_sizes, backend != "cpu" and _tf32_allowed(x))
+    if variation.peephole:
+        args = (PEEPHOLE.id, *args[1:], [p.to(x.dtype) for p in variation.peephole])
     op = _ops_of(backend)
     # A batched tensor does not say what is in it.
     transformed = _transformed()
     wanted = torch.is_grad_enabled() and (
-        transformed or x.requires_grad or any(t.requires_grad for g in tensors for t in g)
+        transformed
+        or x.requires_grad
+        or any(t.requires_grad for g in (*tensors, variation.peephole) for t in g)
     )
     if not wanted and not (all_states and cell.states > 1):
         return *op.sequence.default(*args), []
@@ -118,7 +122,8 @@ def _register(namespace: str) -> None:
     keeps_gates = namespace == "fusedrnn"  # where it serves the CPU
     torch.library.register_fake(f"{namespace}::sequence", _fake_sequence)
     torch.library.register_fake(f"{namespace}::sequence_forward", partial(_fake_forward, keeps_gates))
-    torch.library.register_fake(f"{namespace}::sequence_backward", _fake_backward)
+    fake_backward = _fake_without_params if namespace == _NAMESPACES["triton"] else _fake_backward
+    torch.library.register_fake(f"{namespace}::sequence_backward", fake_backward)
     differentiable.register(library, ops.sequence_forward.default, _save, partial(_backward, ops))
     differentiable.register(library, ops.sequence_backward.default, _save_backward, _double_backward)
     batching.register(library, ops)
@@ -134,11 +139,11 @@ def _autocast_rule(op: Any, device: str) -> Any:
     )
 
     def rule(cell: int, *args: Any) -> Any:
-        *tensors, reverse, batch_sizes, tf32 = args
+        tensors, (reverse, batch_sizes, *rest) = args[:7], args[7:]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             packed = batch_sizes is not None
-            cast = autocast.cast(CELL_BY_ID[cell], device, tuple(tensors), promote=packed)
-            return op(cell, *cast, reverse, batch_sizes, tf32)
+            cast = autocast.cast(CELL_BY_ID[cell], device, tensors, promote=packed)
+            return op(cell, *cast, reverse, batch_sizes, *rest)
 
     return rule
 
@@ -155,6 +160,7 @@ def _fake_sequence(
     reverse: list[bool],
     batch_sizes: Tensor | None,
     tf32: bool,
+    param: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     check(
         CELL_BY_ID[cell],
@@ -210,19 +216,29 @@ def _fake_backward(
     dfinal: list[Tensor],
     need_dx: bool,
     need_dweights: bool,
-) -> tuple[Tensor, ...]:
+    dkept: Sequence[Tensor] | None = None,
+    param: Sequence[Tensor] | None = None,
+) -> tuple[Any, ...]:
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     inputs = inputs_of(x, weight_ih)
     check(CELL_BY_ID[cell], x, state, *weights, reverse, batch_sizes, inputs=inputs)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    dweights: Any = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in weights]
+    groups = (*weights, param or ())
+    dweights: Any = [[w.new_empty(w.shape) for w in group] if need_dweights else [] for group in groups]
     dstate: Any = [s.new_empty(s.shape) for s in state]
     return dx, dstate, *dweights
 
 
+def _fake_without_params(*arguments: Any) -> tuple[Any, ...]:
+    return _fake_backward(*arguments)[:-1]
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    cell, x, *groups, reverse, batch_sizes, tf32 = inputs
+    cell, x, *groups = inputs[:8]
+    reverse, batch_sizes, tf32, *rest = inputs[8:]  # the dispatcher leaves out what is at its default
     y, _, saved = output
+    ctx.rest = [None if group is None else [] for group in rest]  # param: given, None or left out
+    groups += [group or [] for group in rest] or [[]]
     ctx.arguments = [len(group) for group in groups]
     groups = [given(group) for group in groups]
     ctx.cell, ctx.reverse, ctx.tf32 = cell, reverse, tf32
@@ -231,14 +247,24 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], _: Any) -> tuple:
+def _backward(
+    ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None], dsaved: list[Tensor | None]
+) -> tuple:
     x, batch_sizes, y, *flat = ctx.saved_tensors
-    *groups, saved = _unflatten(flat, ctx.lengths)
-    state = groups[0]
-    _, need_dx, need_dstate, *need_weights, _, _, _ = ctx.needs_input_grad
-    need_dweights = any(any(need) for need in need_weights)
-    if dy is None and all(d is None for d in dfinal):
-        return (None, None, *([None] * n if n else [] for n in ctx.arguments), None, None, None)
+    *groups, param, saved = _unflatten(flat, ctx.lengths)
+    state, projected = groups[0], bool(groups[5])
+    need_dx, need_dstate = ctx.needs_input_grad[1:3]
+    need_weights = [*ctx.needs_input_grad[3:8], *(ctx.needs_input_grad[11:] if param else ())]
+    # The states of all steps but h. Of other kernels nobody gets them where they have gradients (plan.py).
+    n_kept = len(state) - 1 if ops is torch.ops.fusedrnn and x.is_cpu else 0
+    kept = slice(int(projected), int(projected) + n_kept)
+    dkept: list[Tensor] = []
+    if any(d is not None for d in dsaved[kept]):
+        pairs = zip(saved[kept], dsaved[kept], strict=True)
+        dkept = [torch.zeros_like(s) if d is None else d for s, d in pairs]
+    if dy is None and all(d is None for d in dfinal) and not dkept:
+        nothing = [[None] * n if n else [] for n in ctx.arguments]
+        return (None, None, *nothing[:6], None, None, None, *_optional(ctx.rest, nothing[6:]))
     args = (
         ctx.cell,
         x,
@@ -251,13 +277,27 @@ def _backward(ops: Any, ctx: Any, dy: Tensor | None, dfinal: list[Tensor | None]
         dy,
         [torch.zeros_like(s) if d is None else d for s, d in zip(state, dfinal, strict=True)],
         need_dx,
-        need_dweights,
+        any(any(need) for need in need_weights),
+        *((dkept, param) if dkept or param else ()),
     )
     op = ops.sequence_backward.default
     dx, dstate, *dweights = op(*args) if torch.is_grad_enabled() else differentiable.below_autograd(op, args)
     lists = [_needed(dstate, need_dstate)]
-    lists += [_needed(group, need) for group, need in zip(dweights, need_weights, strict=True)]
-    return (None, dx if need_dx else None, *lists, None, None, None)
+    lists += [_needed(group, need) for group, need in zip(dweights, need_weights, strict=False)]
+    return (
+        None,
+        dx if need_dx else None,
+        *lists[:6],
+        None,
+        None,
+        None,
+        *_optional(ctx.rest, [*lists[6:], []]),
+    )
+
+
+def _optional(given: list[Any], grads: list[Any]) -> list[Any]:
+    """The gradients of those optional lists that were given, None where None was."""
+    return [None if group is None else grad for group, grad in zip(given, grads, strict=False)]
 
 
 def _needed(grads: list[Tensor], need: list[bool]) -> list[Tensor | None]:
@@ -270,10 +310,14 @@ def _unflatten(flat: Sequence[Any], lengths: list[int]) -> list[Any]:
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    cell, x, *groups, reverse, batch_sizes, _, _, saved, dy, dfinal, _, _ = inputs
+    cell, x, *groups, reverse, batch_sizes, _ = inputs[:11]
+    _, saved, dy, dfinal, _, _, *rest = inputs[11:]
+    dkept, param = ([*(group or [] for group in rest), [], []])[:2]
+    ctx.rest = [None if group is None else [] for group in rest]
     ctx.cell, ctx.reverse, ctx.n_saved = cell, reverse, len(saved)
-    ctx.lengths = [len(group) for group in (*groups, dfinal)]
-    ctx.save_for_backward(x, batch_sizes, dy, *(t for group in (*groups, dfinal) for t in group))
+    groups = [*groups, param, dfinal, dkept]
+    ctx.lengths = [len(group) for group in groups]
+    ctx.save_for_backward(x, batch_sizes, dy, *(t for group in groups for t in group))
     ctx.set_materialize_grads(False)
 
 
@@ -288,18 +332,20 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: one tensor may stand in two places, and one input may have been computed from another.
         x = _alias(x)
-        *groups, dfinal = _unflatten([_alias(t) for t in flat], ctx.lengths)
-        y, final = _reference(CELL_BY_ID[ctx.cell], x, *groups, ctx.reverse, batch_sizes)
+        *groups, dfinal, dkept = _unflatten([_alias(t) for t in flat], ctx.lengths)
+        y, final, kept = _reference(CELL_BY_ID[ctx.cell], x, *groups, ctx.reverse, batch_sizes, bool(dkept))
         dy = _alias(torch.zeros_like(y) if dy is None else dy)
         inputs = [x, *(t for group in groups for t in group)]
-        grads = torch.autograd.grad([y, *final], inputs, [dy, *dfinal], create_graph=True, allow_unused=True)
+        incoming = [dy, *dfinal, *(d.to(x.dtype) for d in dkept)]
+        outputs = [y, *final, *kept]
+        grads = torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True)
         seeds = [ddx, *(t for group in ddgroups for t in (group or []))]
         if len(seeds) != len(inputs):  # the op was told that no weight gradients are needed
             seeds += [None] * (len(inputs) - len(seeds))
         pairs = [
             (g, s) for g, s in zip(grads, seeds, strict=True) if s is not None and g is not None and s.numel()
         ]
-        wanted = [*inputs, dy, *dfinal]
+        wanted = [*inputs, dy, *dfinal, *dkept]
         result = (
             torch.autograd.grad(
                 [g for g, _ in pairs],
@@ -311,8 +357,9 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
             if pairs
             else [None] * len(wanted)
         )
-    dx, *rest = result
-    *dgroups, (ddy,), ddfinal = _unflatten(rest, [*ctx.lengths[:-1], 1, ctx.lengths[-1]])
+    dx, *flat = result
+    *lengths, n_final, n_kept = ctx.lengths
+    *dgroups, dparam, (ddy,), ddfinal, ddkept = _unflatten(flat, [*lengths, 1, n_final, n_kept])
     return (
         None,
         dx,
@@ -326,22 +373,30 @@ def _double_backward(ctx: Any, ddx: Tensor | None, *ddgroups: list[Tensor | None
         ddfinal,
         None,
         None,
+        *_optional(ctx.rest, [ddkept, dparam]),
     )
 
 
-def _reference(cell: Cell, x: Tensor, state: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+def _reference(
+    cell: Cell, x: Tensor, state: list[Tensor], *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """What the op computes, by the reference: input after input, if several lie side by side in x."""
-    *weights, reverse, batch_sizes = rest
+    *weights, param, reverse, batch_sizes, all_states = rest
     K = inputs_of(x, weights[0])
     each = len(reverse) // K
     results = []
     for k, x_k in enumerate(x.chunk(K, -1)):
         own = slice(k * each, (k + 1) * each)
         groups = [group[own] for group in map(given, weights)]
+        variation = Variation(peephole=param[own]) if param else PLAIN
         arguments: Any = (cell, x_k, [s[own] for s in state], *groups, reverse[own], batch_sizes)
-        results.append(reference.sequence(*arguments))
-    ys, finals = zip(*results, strict=True)
-    return torch.cat(ys, -1), [torch.cat(s) for s in zip(*finals, strict=True)]
+        results.append(reference.layer(*(*arguments, variation, all_states)))
+    ys, finals, kept = zip(*results, strict=True)
+    return (
+        torch.cat(ys, -1),
+        [torch.cat(s) for s in zip(*finals, strict=True)],
+        [torch.cat(s, -2) for s in zip(*kept, strict=True)],
+    )
 
 
 def _alias(tensor: Tensor) -> Tensor:

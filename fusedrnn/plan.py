@@ -13,8 +13,8 @@ _COMPILED = ("cuda", "cpu", "emulator")
 _CAPABILITY = (8, 0)
 _UNPACKED_ROWS = 8  # for so few the CPU kernels read the weights where they are (csrc/cpu/forward.h)
 # What kernels do of the options of the modules.
-_OPTIONS: dict[str, frozenset[str]] = {}
-_STATE_GRADIENTS = ("reference",)  # backends that differentiate the states of all steps
+_OPTIONS = {"cpu": ("peephole",)}
+_STATE_GRADIENTS = ("cpu",)  # backends that differentiate the states of all steps
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -100,6 +100,8 @@ def cannot_serve(backend: str, problem: Problem) -> str:
         if missing := [name for name in problem.options if name not in _OPTIONS.get(backend, ())]:
             return f"its kernels have no {', '.join(missing)}"
         several = problem.all_states and cell.states > 1
+        if problem.mapped and (problem.options or several):
+            return "its ops have no rule for torch.func's vmap of options or of the states of all steps"
         if several and problem.training and backend not in _STATE_GRADIENTS:
             return "its backward takes no gradients of the states of all steps"
     if backend == "torch":

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import CELLS, PEEPHOLE, lstm_step
 from fusedrnn.lib import _testing
 
 from .problems import Shape, make_problem, relative_error
@@ -27,39 +27,50 @@ from .problems import Shape, make_problem, relative_error
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", CELLS)
+NATIVE = {**CELLS, PEEPHOLE.name: PEEPHOLE}
+PARAMS = {PEEPHOLE.name: 3}
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_cell_forward_is_the_reference_step(name):
-    cell, native = CELLS[name], getattr(_testing, name)
+    cell, native = NATIVE[name], getattr(_testing, name)
+    param = torch.randn(PARAMS.get(name, 0), 1, dtype=torch.float64)
     gx, gh = torch.randn(2, 20, cell.gates, 1, dtype=torch.float64)
     state = torch.randn(cell.states, 20, 1, dtype=torch.float64)
-    expected = cell.step(gx, gh, tuple(state))
+    others = {"peephole": param} if name in PARAMS else {}
+    expected = (lstm_step if others else cell.step)(gx, gh, tuple(state), **others)
     for i in range(20):
         values, _ = native.forward(
-            gx[i].flatten().tolist(), gh[i].flatten().tolist(), state[:, i].flatten().tolist()
+            gx[i].flatten().tolist(),
+            gh[i].flatten().tolist(),
+            state[:, i].flatten().tolist(),
+            param.flatten().tolist(),
         )
         torch.testing.assert_close(
             torch.tensor(values, dtype=torch.float64), torch.stack([s[i, 0] for s in expected])
         )
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_cell_backward_is_the_derivative_of_its_forward(name):
     """Central differences of the C++ forward in fp64, through every output and every input."""
-    cell, native = CELLS[name], getattr(_testing, name)
+    cell, native = NATIVE[name], getattr(_testing, name)
     rng = np.random.default_rng(0)
     G, S, step = cell.gates, cell.states, 1e-6
+    K = PARAMS.get(name, 0)
     for _ in range(10):
-        inputs = rng.normal(size=2 * G + S)
+        inputs = rng.normal(size=2 * G + S + K)
         if name == "rnn_relu" and abs(inputs[0] + inputs[1]) < 0.01:
             continue  # not differentiable at zero
 
         def forward(v):
-            return native.forward(list(v[:G]), list(v[G : 2 * G]), list(v[2 * G :]))
+            return native.forward(*map(list, np.split(v, [G, 2 * G, 2 * G + S])))
 
         dnext = rng.normal(size=S)
         state, saved = forward(inputs)
-        dgx, dgh, dstate = native.backward(list(dnext), saved, list(inputs[2 * G :]), state)
-        for i, analytic in enumerate([*dgx, *dgh, *dstate]):
+        *_, before, param = map(list, np.split(inputs, [G, 2 * G, 2 * G + S]))
+        dgx, dgh, dstate, dparam = native.backward(list(dnext), saved, before, state, param)
+        for i, analytic in enumerate([*dgx, *dgh, *dstate, *dparam]):
             offset = np.zeros_like(inputs)
             offset[i] = step
             numeric = np.dot(dnext, np.subtract(forward(inputs + offset)[0], forward(inputs - offset)[0])) / (

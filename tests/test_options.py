@@ -206,6 +206,44 @@ def test_states_of_all_steps(case: str) -> None:
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B", [1, 9])
+def test_peephole_kernels(B: int, dtype: torch.dtype) -> None:
+    """The CPU kernels against the reference in fp64, at sizes on both sides of a vector."""
+    # Relative L2, as for the other cells: unit roundoff times sums of some ten terms; 16-bit: inputs, h and
+    # results are each rounded to 8 bits.
+    tolerance = {F64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for H, P in ((1, 0), (19, 0), (40, 7)):
+        module = fusedrnn.LSTM(5, H, 1, bidirectional=True, peephole=True, proj_size=P, dtype=dtype)
+        exact = copy.deepcopy(module).double()
+        x = torch.randn(6, B, 5, dtype=dtype)
+        lengths = [6, 4, 4, 3, 2, 2, 1, 1, 1][:B]
+        for given in (x, pack_padded_sequence(x, lengths)):
+            results = []
+            for backend, m in (("cpu", module), ("reference", exact)):
+                to = given.to(m.weight_ih_l0.dtype)
+                with fusedrnn.use_backend(backend):
+                    y, (h, c), (_, all_c) = m(to, return_all_states=True)
+                    with torch.no_grad():
+                        plain, _ = m(to)
+                y, plain = (getattr(t, "data", t) if given is not x else t for t in (y, plain))
+                assert torch.equal(y, plain)
+                torch.manual_seed(2)
+                seeds = [torch.randn(t.shape).to(dtype).to(t.dtype) for t in (y, h, c, all_c)]
+                grads = torch.autograd.grad((y, h, c, all_c), list(m.parameters()), seeds)
+                results.append([y, h, c, all_c, *grads])
+            for i, (a, b) in enumerate(zip(*results, strict=True)):
+                assert (a.double() - b).norm() <= tolerance * b.norm(), f"result {i}"
+
+
+def test_peephole_under_vmap() -> None:
+    """The kernels have no rule for it and leave it to the reference."""
+    module = make("LSTM", {"peephole": True})
+    x = torch.randn(4, T, B, I, dtype=F64)
+    y = torch.func.vmap(lambda x: module(x)[0])(x)
+    torch.testing.assert_close(y, torch.stack([module(one)[0] for one in x]), **TOLERANCE)
+
+
 @pytest.mark.parametrize("case", ["peephole", "reset_before", "norm_lstm", "heads_gru"])
 def test_derivatives_of_second_order(case: str) -> None:
     name, options = CASES[case]
@@ -501,7 +539,7 @@ def test_what_makes_no_sense(name: str, options: dict[str, Any], kind: type, mes
 
 # Option, module, arguments, and the backends that serve it.
 SERVED: list[tuple[str, str, dict[str, Any], list[str]]] = [
-    ("peephole", "LSTM", {"peephole": True}, ["reference"]),
+    ("peephole", "LSTM", {"peephole": True}, ["cpu", "reference"]),
     ("reset_after", "GRU", {"reset_after": False}, ["reference"]),
     ("recurrent_dropout", "GRU", {"recurrent_dropout": 0.3}, ["reference"]),
     ("zoneout", "LSTM", {"zoneout": (0.3, 0.2)}, ["reference"]),

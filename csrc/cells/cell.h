@@ -22,6 +22,13 @@ struct Array {
   FUSEDRNN_HD const V& operator[](int i) const { return values[i]; }
 };
 
+// Parameters of a unit, K of them, that a step reads beside its gates: none, unless a cell says kParams.
+template <class Cell>
+inline constexpr int params_of = 0;
+template <class Cell>
+  requires requires { Cell::kParams; }
+inline constexpr int params_of<Cell> = Cell::kParams;
+
 // What a step of `Cell` yields: the next state, and what its backward will ask for.
 template <class Cell, class V>
 struct Forward {
@@ -37,11 +44,31 @@ struct Backward {
 };
 
 template <class Cell, class V>
-concept CellOn = requires(Array<V, Cell::kGates> g, Array<V, Cell::kStates> s, Array<V, Cell::kSaved> saved) {
+  requires(params_of<Cell> > 0)
+struct Backward<Cell, V> {
+  Array<V, Cell::kGates> dgx, dgh;
+  Array<V, Cell::kStates> dstate;
+  Array<V, params_of<Cell>> dparam;
+};
+
+template <class Cell, class V>
+concept StepsAlone =
+    requires(Array<V, Cell::kGates> g, Array<V, Cell::kStates> s, Array<V, Cell::kSaved> saved) {
+      { Cell::forward(g, g, s) } -> std::same_as<Forward<Cell, V>>;
+      { Cell::backward(s, saved, s, s) } -> std::same_as<Backward<Cell, V>>;
+    };
+
+template <class Cell, class V>
+concept StepsWithParams = requires(Array<V, Cell::kGates> g, Array<V, Cell::kStates> s,
+                                   Array<V, Cell::kSaved> saved, Array<V, params_of<Cell>> param) {
+  { Cell::forward(g, g, s, param) } -> std::same_as<Forward<Cell, V>>;
+  { Cell::backward(s, saved, s, s, param) } -> std::same_as<Backward<Cell, V>>;
+};
+
+template <class Cell, class V>
+concept CellOn = (StepsAlone<Cell, V> || StepsWithParams<Cell, V>) && requires {
   { Cell::kSameGates } -> std::convertible_to<bool>;  // dgx == dgh
   { Cell::kReadsH } -> std::convertible_to<bool>;     // reads state[0] itself, not only through gh
-  { Cell::forward(g, g, s) } -> std::same_as<Forward<Cell, V>>;
-  { Cell::backward(s, saved, s, s) } -> std::same_as<Backward<Cell, V>>;
 };
 
 // Scalar forms of the functions cells call; cpu/simd.h has the vector forms.

@@ -99,12 +99,13 @@ class BackwardPass {
         }
         for (int s = 1; s < Cell::kStates; ++s) {
           dnext[s] = V::load(p_.dstate[s] + at * H + unit, lanes);
+          if (p_.dkept[s]) dnext[s] = dnext[s] + V::load(p_.dkept[s] + row * H + unit, lanes);
           next[s] = V::load(p_.kept[s] + row * H + unit, lanes);
           state[s] = V::load(starts ? p_.state0[s] + at * H + unit : p_.kept[s] + source * H + unit, lanes);
         }
         Array<V, Cell::kSaved> values;
         for (int j = 0; j < Cell::kSaved; ++j) values[j] = V::load(saved + j * H + unit, lanes);
-        const Backward<Cell, V> d = Cell::backward(dnext, values, state, next);
+        const Backward<Cell, V> d = step_of(n, at, unit, lanes, dnext, values, state, next);
         for (int g = 0; g < G; ++g) {
           d.dgx[g].store(p_.dgx + (row * G + g) * H + unit, lanes);
           if constexpr (!Cell::kSameGates) d.dgh[g].store(p_.dgh + (row * G + g) * H + unit, lanes);
@@ -112,6 +113,26 @@ class BackwardPass {
         if (!projected()) d.dstate[0].store(p_.dstate[0] + at * P + unit, lanes);
         for (int s = 1; s < Cell::kStates; ++s) d.dstate[s].store(p_.dstate[s] + at * H + unit, lanes);
       }
+    }
+  }
+
+  // `at`: n * B + b, the row of the gradients of parameters, which are added up for each sequence apart.
+  FUSEDRNN_HD Backward<Cell, V> step_of(int64_t n, int64_t at, int64_t unit, int lanes,
+                                        const Array<V, Cell::kStates>& dnext,
+                                        const Array<V, Cell::kSaved>& saved,
+                                        const Array<V, Cell::kStates>& state,
+                                        const Array<V, Cell::kStates>& next) const {
+    if constexpr (constexpr int K = params_of<Cell>; K > 0) {
+      Array<V, K> param;
+      for (int j = 0; j < K; ++j) param[j] = V::load(p_.recurrences[n].param + j * p_.H + unit, lanes);
+      const Backward<Cell, V> d = Cell::backward(dnext, saved, state, next, param);
+      for (int j = 0; j < K; ++j) {
+        T* sum = p_.dparam + (at * K + j) * p_.H + unit;
+        (V::load(sum, lanes) + d.dparam[j]).store(sum, lanes);
+      }
+      return d;
+    } else {
+      return Cell::backward(dnext, saved, state, next);
     }
   }
 

@@ -206,7 +206,7 @@ class ForwardPass {
   // Where a vector of units has what the cell reads and writes; or how far that is from the next vector's.
   template <class Const, class Mutable>
   struct Places {
-    Const gx, gh, h;
+    Const gx, gh, h, param;
     Mutable out, saved;
     Array<Mutable, Cell::kStates> state, kept;
   };
@@ -216,11 +216,12 @@ class ForwardPass {
   void cells(const Tile& tile, const Rows<const T>& h, const Rows<T>& out) const {
     const int U = units(tile.block);
     const int64_t H = p_.H, N = p_.N, ld = G * U * W, b = tile.b, row = (tile.first + b) * N + tile.n;
-    Step step{ld, ld, h.ld, out.ld, N * p_.slots * H, {}, {}};
+    Step step{ld, ld, h.ld, 0, out.ld, N * p_.slots * H, {}, {}};
     for (int s = 1; s < Cell::kStates; ++s) step.state[s] = H, step.kept[s] = N * H;
     for (int u = 0; u < U; ++u) {
       const int64_t unit = (tile.block * kUnits + u) * W, at = (tile.n * p_.steps.B + b) * H + unit;
-      Here here{tile.gx + u * W, tile.gh + u * W, h[b] + unit, out[b] + unit, nullptr, {}, {}};
+      Here here{tile.gx + u * W, tile.gh + u * W, h[b] + unit, nullptr, out[b] + unit, nullptr, {}, {}};
+      if constexpr (params_of<Cell> > 0) here.param = p_.recurrences[tile.n].param + unit;
       if (p_.gates) here.saved = p_.gates + row * p_.slots * H + unit;
       for (int s = 1; s < Cell::kStates; ++s) {
         here.state[s] = p_.state[s] + at;
@@ -267,7 +268,7 @@ class ForwardPass {
     Array<Vector, Cell::kStates> state{};
     if constexpr (Cell::kReadsH) state[0] = Vector::load_rows(here.h, step.h, lanes);
     for (int s = 1; s < Cell::kStates; ++s) state[s] = Vector::load_rows(here.state[s], step.state[s], lanes);
-    const Forward<Cell, Vector> next = Cell::forward(gx, gh, state);
+    const Forward<Cell, Vector> next = step_of(here.param, lanes, gx, gh, state);
     const Vector hidden = projected() ? next.state[0] : round_to<T>(p_.rounding, next.state[0]);
     hidden.store_rows(here.out, step.out, lanes);
     for (int s = 1; s < Cell::kStates; ++s) {
@@ -277,6 +278,19 @@ class ForwardPass {
     if (here.saved)
       for (int j = 0; j < Cell::kSaved; ++j)
         next.saved[j].store_rows(here.saved + j * p_.H, step.saved, lanes);
+  }
+
+  template <class Vector>
+  FUSEDRNN_HD Forward<Cell, Vector> step_of(const T* params, int lanes, const Array<Vector, G>& gx,
+                                            const Array<Vector, G>& gh,
+                                            const Array<Vector, Cell::kStates>& state) const {
+    if constexpr (params_of<Cell> > 0) {
+      Array<Vector, params_of<Cell>> param;
+      for (int j = 0; j < params_of<Cell>; ++j) param[j] = Vector::load_rows(params + j * p_.H, 0, lanes);
+      return Cell::forward(gx, gh, state, param);
+    } else {
+      return Cell::forward(gx, gh, state);
+    }
   }
 
   // The final h of a sequence is its row of y at its last step.

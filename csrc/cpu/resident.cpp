@@ -23,6 +23,9 @@ void run(CellId cell, const Params& params, const ResidentPlan& plan, const Thre
     case CellId::kRnnRelu:
       Pass<RnnRelu, T>(params, plan, pool);
       break;
+    case CellId::kLstmPeephole:
+      Pass<LstmPeephole, T>(params, plan, pool);
+      break;
   }
 }
 

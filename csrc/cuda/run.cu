@@ -27,6 +27,8 @@ auto with_cell(CellId cell, F f) {
       return f(RnnTanh{});
     case CellId::kRnnRelu:
       return f(RnnRelu{});
+    case CellId::kLstmPeephole:
+      break;
   }
   throw std::invalid_argument("no such cell");
 }

@@ -241,6 +241,8 @@ Job job_of(Arguments& arguments) {
       return job_of<RnnTanh>(c, plan, backward);
     case CellId::kRnnRelu:
       return job_of<RnnRelu>(c, plan, backward);
+    case CellId::kLstmPeephole:
+      break;
   }
   return {};
 }

@@ -10,11 +10,12 @@ namespace {
 
 template <class Cell>
 constexpr CellTraits traits_of(const char* name) {
-  return {name, Cell::kGates, Cell::kStates, Cell::kSaved, Cell::kSameGates, Cell::kReadsH};
+  return {name, Cell::kGates, Cell::kStates, Cell::kSaved, params_of<Cell>, Cell::kSameGates, Cell::kReadsH};
 }
 
 constexpr CellTraits kCells[] = {traits_of<Lstm>("lstm"), traits_of<Gru>("gru"),
-                                 traits_of<RnnTanh>("rnn_tanh"), traits_of<RnnRelu>("rnn_relu")};
+                                 traits_of<RnnTanh>("rnn_tanh"), traits_of<RnnRelu>("rnn_relu"),
+                                 traits_of<LstmPeephole>("lstm_peephole")};
 
 std::string shape_of(const Tensor& t) {
   std::string out = "[";
@@ -159,11 +160,21 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
   return call;
 }
 
+Call with_params(Call call, const Tensors& param) {
+  call.param = param;
+  const size_t wanted = call.cell.params ? call.N : 0;
+  STD_TORCH_CHECK(wanted == 0 || kLibrary.on_cpu_schedule, call.cell.name, " has no kernel here");
+  STD_TORCH_CHECK(param.size() == wanted, call.cell.name, " needs ", wanted, " parameters, got ",
+                  param.size());
+  for (const Tensor& t : param) check_tensor(call, "param", t, {call.cell.params, call.H});
+  return call;
+}
+
 void check(const Call& call, const Incoming& incoming) {
   const auto fits = [&](const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> tail) {
     return beside_x(call, t) && t.scalar_type() == dtype && has_shape(t, shape_as_x(call, tail));
   };
-  const auto& [y, saved, dy, dfinal, need_dx, need_dweights] = incoming;
+  const auto& [y, saved, dy, dfinal, need_dx, need_dweights, dkept] = incoming;
   const size_t kept = call.cell.states - (call.projected() ? 0 : 1);
   const bool gates = kLibrary.keeps_gates && call.cell.saved > 0;
   STD_TORCH_CHECK(fits(y, call.dtype, {call.N * call.P}), "y does not fit x");
@@ -176,6 +187,12 @@ void check(const Call& call, const Incoming& incoming) {
   STD_TORCH_CHECK(dfinal.size() == call.state.size(), "one gradient per state is needed");
   for (size_t s = 0; s < dfinal.size(); ++s)
     check_tensor(call, "dfinal", dfinal[s], {call.N, call.B, s ? call.H : call.P});
+  STD_TORCH_CHECK(dkept.empty() || kLibrary.on_cpu_schedule,
+                  "this backward takes no gradients of the states of all steps");
+  STD_TORCH_CHECK(dkept.empty() || static_cast<int>(dkept.size()) == call.cell.states - 1,
+                  "one gradient per state but h is needed for the states of all steps");
+  for (const Tensor& t : dkept)
+    STD_TORCH_CHECK(fits(t, call.compute, {call.N, call.H}), "dkept does not fit what was saved");
 }
 
 Tensor rows_of(const Call& call) { return view(dense(call.x), {call.rows(), call.K * call.I}); }

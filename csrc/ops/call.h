@@ -13,7 +13,7 @@ namespace fusedrnn {
 // What the ops need to know of a cell, from its C++ struct.
 struct CellTraits {
   const char* name;
-  int gates, states, saved;
+  int gates, states, saved, params;
   bool same_gates, reads_h;
 };
 
@@ -22,6 +22,7 @@ struct Call {
   CellTraits cell;
   Tensor x;  // [T, B, K*I], packed: [rows, K*I]
   Tensors state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
+  Tensors param = {};  // [K, H] for each recurrence, of a cell that has parameters
   std::vector<bool> reverse;
   bool packed;
   bool tf32;  // products of float32 may take tf32 operands
@@ -57,12 +58,15 @@ struct Incoming {
   std::optional<Tensor> dy;
   Tensors dfinal;
   bool need_dx, need_dweights;
+  Tensors dkept =
+      {};  // of the states of all steps but h, as `saved` has them; none if they have no gradients
 };
 
 // Each throws if something does not fit.
 Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
            Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
            const std::optional<Tensor>& batch_sizes, bool tf32);
+Call with_params(Call call, const Tensors& param);
 void check(const Call& call, const Incoming& incoming);
 
 // x as a matrix of rows; copies only if its strides ask for it.

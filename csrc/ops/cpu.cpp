@@ -15,7 +15,8 @@ class KernelWeights {
     for (int64_t n = 0; n < call.N; ++n)
       list_.push_back({pointer(call, call.weight_ih, n), pointer(call, call.weight_hh, n),
                        pointer(call, call.bias_ih, n), pointer(call, call.bias_hh, n),
-                       pointer(call, call.weight_hr, n), call.first_feature(n), call.reverse[n]});
+                       pointer(call, call.weight_hr, n), call.first_feature(n), call.reverse[n],
+                       pointer(call, call.param, n)});
   }
   const Recurrence<T>* get() const { return list_.data(); }
 
@@ -157,6 +158,12 @@ Gradients backward(const Call& call, const Incoming& incoming) {
     sweep.dstate.push_back(copied(call, incoming.dfinal[s]));
     p.dstate[s] = data<T>(sweep.dstate[s]);
   }
+  for (size_t i = 0; i < incoming.dkept.size(); ++i) p.dkept[i + 1] = in(incoming.dkept[i]);
+  std::optional<Tensor> dparam;
+  if (call.cell.params) {
+    dparam = call.zeros({N, call.B, call.cell.params, H}, call.compute);
+    p.dparam = data<T>(*dparam);
+  }
   p.dgx = data<T>(sweep.dgx);
   p.dgh = data<T>(sweep.dgh);
   p.dprojected = call.projected() ? data<T>(sweep.dprojected) : nullptr;
@@ -176,12 +183,15 @@ Gradients backward(const Call& call, const Incoming& incoming) {
     const Schedule schedule = schedule_of<T>(call);
     kernels().of<T>().backward(call.id, p, schedule.plan, schedule.pool);
   }
-  return gradients_of(call, incoming, sweep);
+  Gradients grads = gradients_of(call, incoming, sweep);
+  for (int64_t n = 0; incoming.need_dweights && dparam && n < N; ++n)
+    grads.dparam.push_back(to_dtype(column_sums(select(*dparam, n), call.compute), call.dtype));
+  return grads;
 }
 
 }  // namespace
 
-const Library kLibrary{.on_cuda = false, .keeps_gates = true};
+const Library kLibrary{.on_cuda = false, .on_cpu_schedule = true, .keeps_gates = true};
 
 Outputs forward(const Call& call, bool training) {
   return call.compute == ScalarType::Double ? forward<double>(call, training)

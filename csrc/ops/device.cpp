@@ -92,9 +92,9 @@ void multiply_gates(const Call& call, const Tensor& h_previous, const Tensor& gx
 }  // namespace
 
 #if defined(FUSEDRNN_EMULATOR)
-const Library kLibrary{.on_cuda = false, .keeps_gates = false};
+const Library kLibrary{.on_cuda = false, .on_cpu_schedule = false, .keeps_gates = false};
 #else
-const Library kLibrary{.on_cuda = true, .keeps_gates = false};
+const Library kLibrary{.on_cuda = true, .on_cpu_schedule = false, .keeps_gates = false};
 #endif
 
 Outputs forward(const Call& call, bool training) {

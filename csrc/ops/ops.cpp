@@ -13,13 +13,14 @@ namespace {
 
 using Forwarded = std::tuple<Tensor, Tensors>;
 using Trained = std::tuple<Tensor, Tensors, Tensors>;
-using Differentiated = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>;
+using Differentiated = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>;
 
 Forwarded sequence(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
                    Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
-                   std::optional<Tensor> batch_sizes, bool tf32) {
-  const Call call =
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32);
+                   std::optional<Tensor> batch_sizes, bool tf32, std::optional<Tensors> param) {
+  const Call call = with_params(
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
+      param.value_or(Tensors{}));
   const NoGrad no_grad;
   Outputs out = forward(call, false);
   return {out.y, out.final};
@@ -27,9 +28,10 @@ Forwarded sequence(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Ten
 
 Trained sequence_forward(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
                          Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
-                         std::optional<Tensor> batch_sizes, bool tf32) {
-  const Call call =
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32);
+                         std::optional<Tensor> batch_sizes, bool tf32, std::optional<Tensors> param) {
+  const Call call = with_params(
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
+      param.value_or(Tensors{}));
   const NoGrad no_grad;
   Outputs out = forward(call, true);
   return {out.y, out.final, out.saved};
@@ -39,14 +41,16 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
                                  Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,
                                  std::vector<bool> reverse, std::optional<Tensor> batch_sizes, bool tf32,
                                  Tensor y, Tensors saved, std::optional<Tensor> dy, Tensors dfinal,
-                                 bool need_dx, bool need_dweights) {
-  const Call call =
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32);
-  const Incoming incoming{y, saved, dy, dfinal, need_dx, need_dweights};
+                                 bool need_dx, bool need_dweights, std::optional<Tensors> dkept,
+                                 std::optional<Tensors> param) {
+  const Call call = with_params(
+      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
+      param.value_or(Tensors{}));
+  const Incoming incoming{y, saved, dy, dfinal, need_dx, need_dweights, dkept.value_or(Tensors{})};
   check(call, incoming);
   const NoGrad no_grad;
   Gradients g = backward(call, incoming);
-  return {g.dx, g.dstate, g.dweight_ih, g.dweight_hh, g.dbias_ih, g.dbias_hh, g.dweight_hr};
+  return {g.dx, g.dstate, g.dweight_ih, g.dweight_hh, g.dbias_ih, g.dbias_hh, g.dweight_hr, g.dparam};
 }
 
 std::vector<int64_t> plan(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
@@ -60,12 +64,15 @@ std::vector<int64_t> plan(int64_t cell, Tensor x, Tensors state, Tensors weight_
 }  // namespace
 
 void define_ops(torch::stable::detail::StableLibrary& library) {
-  library.def("sequence(" FUSEDRNN_LAYER ") -> (Tensor y, Tensor[] final)");
-  library.def("sequence_forward(" FUSEDRNN_LAYER ") -> (Tensor y, Tensor[] final, Tensor[] saved)");
-  library.def("sequence_backward(" FUSEDRNN_LAYER
-              ", Tensor y, Tensor[] saved, Tensor? dy, Tensor[] dfinal, bool need_dx, bool need_dweights) -> "
-              "(Tensor dx, Tensor[] dstate, Tensor[] dweight_ih, Tensor[] dweight_hh, Tensor[] dbias_ih, "
-              "Tensor[] dbias_hh, Tensor[] dweight_hr)");
+  library.def("sequence(" FUSEDRNN_LAYER ", Tensor[]? param=None) -> (Tensor y, Tensor[] final)");
+  library.def("sequence_forward(" FUSEDRNN_LAYER
+              ", Tensor[]? param=None) -> (Tensor y, Tensor[] final, Tensor[] saved)");
+  library.def(
+      "sequence_backward(" FUSEDRNN_LAYER
+      ", Tensor y, Tensor[] saved, Tensor? dy, Tensor[] dfinal, bool need_dx, bool need_dweights, "
+      "Tensor[]? dkept=None, Tensor[]? param=None) -> (Tensor dx, Tensor[] dstate, Tensor[] dweight_ih, "
+      "Tensor[] dweight_hh, Tensor[] dbias_ih, "
+      "Tensor[] dbias_hh, Tensor[] dweight_hr, Tensor[] dparam)");
   library.def("plan(" FUSEDRNN_LAYER ", bool backward) -> int[]");
 }
 

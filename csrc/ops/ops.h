@@ -10,6 +10,7 @@ namespace fusedrnn {
 
 struct Library {
   bool on_cuda;
+  bool on_cpu_schedule;  // which has parameters of cells and gradients of the states of all steps
   bool keeps_gates;  // `saved` ends in what the cell saved; without, the backward computes the gates again
 };
 extern const Library kLibrary;
@@ -21,7 +22,7 @@ struct Outputs {
 
 struct Gradients {
   Tensor dx;
-  Tensors dstate, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr;
+  Tensors dstate, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dparam;
 };
 
 Outputs forward(const Call& call, bool training);

@@ -79,7 +79,8 @@ void run_steps(const Call& call, const Backward& backward, const std::optional<T
   const Tensor dh = call.zeros({N, B, H}, call.compute), carried = projected ? dstate[0] : dh;
   if (projected) dstate[0] = call.zeros({N, B, H}, call.compute);
   std::optional<Tensor> dy_rows;
-  if (projected && dy) dy_rows = torch::stable::reshape(*dy, std::array<int64_t, 3>{call.rows(), N, call.P});
+  if (projected && dy)
+    dy_rows = torch::stable::reshape(dense(*dy), std::array<int64_t, 3>{call.rows(), N, call.P});
 
   StepBackward step{};
   step.dh = data(dh);

@@ -31,6 +31,15 @@ Values list(const Array<double, N>& values) {
   return Values(values.values, values.values + N);
 }
 
+// Calls step with the parameters, if the cell has any.
+template <class Cell, class Step>
+auto with_param(const Values& param, const Step& step) {
+  if constexpr (params_of<Cell> > 0)
+    return step(array<params_of<Cell>>(param));
+  else
+    return step();
+}
+
 template <class Cell>
 void bind_cell(py::module_& m, const char* name) {
   static_assert(CellOn<Cell, double>);
@@ -38,18 +47,31 @@ void bind_cell(py::module_& m, const char* name) {
       .def_readonly_static("gates", &Cell::kGates)
       .def_readonly_static("states", &Cell::kStates)
       .def_readonly_static("saved", &Cell::kSaved)
-      .def_static("forward",
-                  [](const Values& gx, const Values& gh, const Values& state) {
-                    const auto out = Cell::forward(array<Cell::kGates>(gx), array<Cell::kGates>(gh),
-                                                   array<Cell::kStates>(state));
-                    return std::pair(list(out.state), list(out.saved));
-                  })
-      .def_static("backward",
-                  [](const Values& dnext, const Values& saved, const Values& state, const Values& next) {
-                    const auto d = Cell::backward(array<Cell::kStates>(dnext), array<Cell::kSaved>(saved),
-                                                  array<Cell::kStates>(state), array<Cell::kStates>(next));
-                    return std::tuple(list(d.dgx), list(d.dgh), list(d.dstate));
-                  });
+      .def_static(
+          "forward",
+          [](const Values& gx, const Values& gh, const Values& state, const Values& param) {
+            const auto step = [&](const auto&... params) {
+              return Cell::forward(array<Cell::kGates>(gx), array<Cell::kGates>(gh),
+                                   array<Cell::kStates>(state), params...);
+            };
+            const auto out = with_param<Cell>(param, step);
+            return std::pair(list(out.state), list(out.saved));
+          },
+          py::arg("gx"), py::arg("gh"), py::arg("state"), py::arg("param") = Values{})
+      .def_static(
+          "backward",
+          [](const Values& dnext, const Values& saved, const Values& state, const Values& next,
+             const Values& param) {
+            const auto step = [&](const auto&... params) {
+              return Cell::backward(array<Cell::kStates>(dnext), array<Cell::kSaved>(saved),
+                                    array<Cell::kStates>(state), array<Cell::kStates>(next), params...);
+            };
+            const auto d = with_param<Cell>(param, step);
+            Values dparam;
+            if constexpr (params_of<Cell> > 0) dparam = list(d.dparam);
+            return std::tuple(list(d.dgx), list(d.dgh), list(d.dstate), dparam);
+          },
+          py::arg("dnext"), py::arg("saved"), py::arg("state"), py::arg("next"), py::arg("param") = Values{});
 }
 
 void bind_persistent_plans(py::module_& m) {
@@ -98,6 +120,7 @@ PYBIND11_MODULE(_testing, m) {
   bind_persistent_plans(m);
   bind_cell<Lstm>(m, "lstm");
   bind_cell<Gru>(m, "gru");
+  bind_cell<LstmPeephole>(m, "lstm_peephole");
   bind_cell<RnnTanh>(m, "rnn_tanh");
   bind_cell<RnnRelu>(m, "rnn_relu");
   m.def("isa", [] { return kernels().isa; });
