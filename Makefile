@@ -2,6 +2,7 @@
 #   make bench   install, build, run the benchmark        make test    install, build, run the tests
 #   make lint    check style and types                    make clean   remove what was built
 #   make gpu-check   on a machine with a GPU: what only a GPU can show
+#   make docs        the documentation, into build/docs, and its examples run
 #   make proof       with nvcc: what can be proven without a GPU, into docs/proof.md, in half an hour
 # Pass options with ARGS, choose an interpreter with PYTHON: make test ARGS="-k gru" PYTHON=python3.12
 PYTHON ?= python3
@@ -14,7 +15,7 @@ CPP  = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help bench gpu-check test proof lint build clean distclean
+.PHONY: help bench docs gpu-check test proof lint build clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +25,10 @@ bench: build $(VENV)/.installed-bench
 
 gpu-check: build $(VENV)/.installed-bench
 	$(PY) -m benchmarks.gpu_check $(ARGS)
+
+docs: build $(VENV)/.installed-docs
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
+	$(PY) -m sphinx -q -W -b doctest docs build/doctest
 
 test: export FUSEDRNN_TESTING = 1
 test: export FUSEDRNN_EMULATOR = 1

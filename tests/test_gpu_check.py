@@ -72,7 +72,7 @@ def wrong(monkeypatch):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     """Every stage, from end to end; without a repository the commit is what it was told."""
-    monkeypatch.setattr("benchmarks.report._commit", lambda: None)
+    monkeypatch.setattr("fusedrnn.bench.report._commit", lambda: None)
     status, report = run(tmp_path, "--commit", "abc")
     assert status == 0
     assert report["environment"]["commit"] == "abc"
