@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +307,48 @@ def test_the_fastest_plan_is_kept(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert schedule._fastest([slow, misfit, fast], run) == fast
+
+
+def test_registers_are_bound_until_nothing_is_spilled(monkeypatch):
+    problem = make_problem("gru", Shape(2, 2, 3, 4), dtype=F32)
+    layer = call.Call(
+        CELLS["gru"], problem.x, problem.state, *map(list, problem.weights), [False], None, False
+    )
+    plan, spills, tried = ON_CHIP._replace(registers=224), {}, []
+    assert sorted(plan.bounds) == sorted({0, 192, 224, 255})
+    for found in (8, 2, 6, 4):
+        tried.append(launch.bound_to_run(plan.bounds, spills, layer))
+        spills[tried[-1]] = found
+    assert tuple(tried) == plan.bounds
+    assert tried[0] == 224
+    assert launch.bound_to_run(plan.bounds, spills, layer) == tried[1]  # all spill: it does so least
+    assert launch.bound_to_run(plan.bounds, {224: 8, 0: 0}, layer) == 0
+    monkeypatch.setattr(launch, "capturing", lambda x: True)
+    assert launch.bound_to_run(plan.bounds, {224: 8}, layer) == 224
+    assert launch.bound_to_run(plan.bounds, {}, layer) == 224
+
+
+def test_spills_are_remembered(run_by, monkeypatch):
+    """A compiled kernel says how much it spills: the interpreter's stand in for them here."""
+    run_by(ON_CHIP)
+    kernel, asked = launch.persistent_forward, []
+
+    class Spilling:
+        def __getitem__(self, grid):
+            def run(maxnreg, **arguments):
+                asked.append(maxnreg)
+                kernel[grid](**arguments)
+                return SimpleNamespace(n_spills=8 if maxnreg is None else 0)
+
+            return run
+
+    monkeypatch.setattr(launch, "persistent_forward", Spilling())
+    monkeypatch.setattr(launch, "_spills", {})
+    problem = make_problem("rnn_tanh", Shape(1, 2, 3, 20), dtype=F32)
+    with torch.no_grad():
+        ys = [problem.run("triton")[0] for _ in range(3)]
+    assert asked == [None, 255, 255]
+    assert torch.equal(ys[0], ys[1])
 
 
 passes = st.builds(

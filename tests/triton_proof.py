@@ -76,7 +76,15 @@ def compiled(
                 continue
             seen.add(key)
             source = ASTSource(kernel, signature, constants, attributes)
-            binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            target = GPUTarget("cuda", architecture, 32)
+            bounds = plan.bounds if plan else (0,)
+            found = []
+            for bound in bounds:  # as calls do, one after the other
+                binary = triton.compile(source, target=target, options={**options, "maxnreg": bound or None})
+                found.append((resources(binary.asm["cubin"]), binary))
+                if not found[-1][0]["stack"]:
+                    break
+            used, binary = min(found, key=lambda each: each[0]["stack"])
             inference = name.endswith("_forward") and not constants["KEEP"]
             yield {
                 "triton": triton.__version__,
@@ -87,7 +95,7 @@ def compiled(
                 "plan": str(plan or "stepwise"),
                 "kind": kind_of(plan),
                 "architecture": architecture,
-                **resources(binary.asm["cubin"]),
+                **used,
                 "shared": binary.metadata.shared,
                 "acquires": binary.asm["ptx"].count(".gpu.acquire"),
                 "releases": binary.asm["ptx"].count(".gpu.release"),

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backward import persistent_backward
-from .call import Call, columns, multiply
+from .call import Call, capturing, columns, multiply
 from .forward import persistent_forward
 from .plan import Plan
 from .schedule import status_of
@@ -132,15 +132,21 @@ def _launch(
         "PRECISION": "tf32" if call.tf32 else "ieee",
         "num_warps": plan.warps,
         "num_stages": plan.stages,
-        "maxnreg": plan.registers or None,
         "launch_cooperative_grid": cooperative,
     }
+    # What decides how the kernel is compiled: Triton knows of a size whether it is 1 or divisible by 16.
+    known = (call.B == 1, call.B % 16 == 0, call.N == 1, call.N % 16 == 0, call.H)
+    sizes = (*known, call.dtype, call.x.device, call.cell.name, plan._replace(at_once=0))
+    flags = tuple(value for value in arguments.values() if isinstance(value, bool | str))
+    spills = _spills.setdefault((is_backward, sizes, flags), {})
+    bound = bound_to_run(plan.bounds, spills, call)
+    arguments["maxnreg"] = bound or None
     for first_n, count, reverse in _recurrences(call):
         for first in range(0, count * tiles, plan.at_once):
             grid = (min(plan.at_once, count * tiles - first) * plan.slices,)
             for step in range(0, steps, 1 if one_step else steps):
                 end = step + 1 if one_step else steps
-                kernel[grid](
+                compiled = kernel[grid](
                     first_step=step,
                     end_step=end,
                     first_group=first,
@@ -148,7 +154,23 @@ def _launch(
                     reverse=reverse,
                     **arguments,
                 )
+                spills[bound] = getattr(compiled, "n_spills", 0)  # the interpreter has none
     return [s.to(call.dtype) for s in left]
+
+
+# By what a persistent kernel was compiled for: the spills that each bound on its registers led to.
+_spills: dict[tuple, dict[int, int]] = {}
+
+
+def bound_to_run(bounds: tuple[int, ...], spills: dict[int, int], call: Call) -> int:
+    """The bound under which nothing is spilled; until it is known, each call tries the next.
+
+    Whatever is spilled, results are right. Inside a CUDA graph nothing new is compiled.
+    """
+    untried = [bound for bound in bounds if bound not in spills]
+    if spills and (not untried or 0 in spills.values() or capturing(call.x)):
+        return min(spills, key=lambda bound: spills[bound])
+    return untried[0]
 
 
 def _weights(call: Call) -> dict[str, Any]:

@@ -20,8 +20,9 @@ _UNITS = (16, 32, 64)  # of a program that is one of several
 _MOST_IN_BLOCK = 128
 _MOST_HELD = 1024  # units of K: products with weights on chip are unrolled
 # The compiler saves registers so that programs can share a multiprocessor, and spills for it; but they do not
-# come to share one. Told so, in a forward pass of several chunks it loads all of them at once and spills too.
+# come to share one. Told so, it loads several chunks at once and spills too.
 _REGISTERS = 255
+_BOUNDS = (255, 0, 224, 192)
 # Bytes of K that are multiplied at once where weights are read at every step: what a thread loads of all
 # gates must fit its registers, since only aligned sizes are copied past them.
 _READ_BYTES = 64
@@ -107,7 +108,8 @@ class Plan(NamedTuple):
         block_k: units of K that are multiplied at once.
         stages: loads under way where weights are read at every step.
         warps: of a program.
-        registers: of a thread, at most; 0: as many as the compiler likes.
+        registers: of a thread, at most; 0: as many as the compiler likes. Where that spills, the others of
+            ``bounds`` are tried.
     """
 
     exchange: str
@@ -120,6 +122,15 @@ class Plan(NamedTuple):
     stages: int
     warps: int
     registers: int = 0
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """On the registers of a thread, in the order in which they are tried until nothing is spilled.
+
+        What the compiler makes of a bound depends on its version, the device and the cell: the first is only
+        the one that suits most.
+        """
+        return self.registers, *(bound for bound in _BOUNDS if bound != self.registers)
 
     def groups(self, problem: Problem) -> int:
         return problem.N * -(-problem.B // self.block_b)
@@ -295,9 +306,7 @@ def _over_grid(p: Problem, device: Device, units: int) -> Plan | str:
     else:
         block_k = _held_block_k(p, units)
         chunks = -(-p.H // block_k)
-    several = chunks > 1 and not p.backward
-    few = p.backward and not p.tensor_cores  # are needed
-    registers = 0 if several or few or (chunks and p.element_bytes == 4) else _REGISTERS
+    registers = 0 if chunks or (p.backward and not p.tensor_cores) else _REGISTERS
     # Products without tensor cores take longer than their loads, and each load of a single element that is
     # under way would need an address in registers.
     stages = 4 if p.tensor_cores and p.H % _ALIGNED == 0 else 1
@@ -306,9 +315,9 @@ def _over_grid(p: Problem, device: Device, units: int) -> Plan | str:
 
 
 def _held_block_k(p: Problem, units: int) -> int:
-    if p.backward and p.element_bytes == 4 and units > 16:  # as much as fits the registers
+    if p.backward or p.H % _ALIGNED:  # of all gates, or element by element: as much as fits the registers
         return 32
-    return 64 if units > 16 or p.backward or p.H % _ALIGNED else 128
+    return 64 if units > 16 else 128
 
 
 def _why_not_held(p: Problem, device: Device, units: int) -> str:
