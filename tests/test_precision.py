@@ -190,7 +190,7 @@ SWITCHES: dict[str, tuple[Callable[[], Any], bool]] = {
 }
 
 
-@pytest.mark.feature("fp32 precision", nn="on a GPU", backends=["emulator"])
+@pytest.mark.feature("fp32 precision", nn="not shown: it takes a GPU", backends=["emulator"])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_precision_switches(switch: str, switches: None) -> None:
     """float32 takes tf32 operands only where torch's switches for cuDNN say so, and never on the CPU."""

@@ -54,7 +54,7 @@ def outputs(module: nn.Module, flat: Callable) -> Callable[[Tensor], tuple[Tenso
 
 
 @pytest.mark.feature("double backward", nn="yes")
-@pytest.mark.feature("backward in eval mode", nn="yes; cuDNN refuses")
+@pytest.mark.feature("backward in eval mode", nn="on a CPU")
 @pytest.mark.parametrize("backend", ["cpu", "emulator", "reference", "torch"], indirect=True)
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_gradient_penalty(kind: str, backend: str, flat: Callable) -> None:
