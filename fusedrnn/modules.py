@@ -139,9 +139,9 @@ class _Layers(RNNBase):
             )
         if asked.lengths is not None or asked.reset is not None or asked.reset_state is not None:
             raise ValueError("lengths and reset are for padded input; packed input has lengths of its own")
-        _check_batch_sizes(batch_sizes, x.size(0))
+        segments.check_batch_sizes(batch_sizes, x.size(0))
         state = self._given_state(hx)
-        B = _packed_batch(packed, state)
+        B = segments.packed_batch(packed, state)
         for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
             if indices is not None and indices.shape != (B,):
                 raise RuntimeError(
@@ -267,7 +267,8 @@ class _Asked(NamedTuple):
 class LSTM(_Layers, torch.nn.LSTM):
     """Multi-layer LSTM.
 
-    Equivalent to :class:`torch.nn.LSTM`, whose arguments, parameters and checkpoints it shares.
+    Equivalent to :class:`torch.nn.LSTM`, whose arguments, parameters and checkpoints it shares. It takes
+    keyword arguments that torch does not have, whose equations and sources are in docs/options.md.
 
     Args:
         input_size: I, features of the input.
@@ -282,17 +283,42 @@ class LSTM(_Layers, torch.nn.LSTM):
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
 
+    Keyword Args:
+        peephole: gates that see the cell state (Gers and Schmidhuber, 2000), by parameters
+            ``peephole_l{k}[_reverse] [3, H]`` for i, f and o. Default: False.
+        layer_norm: normalised gates and cell state (Ba et al., 2016). Default: False.
+        recurrent_dropout: probability, in training, that a unit of h stays out of recurrent products, for a
+            whole sequence (Gal and Ghahramani, 2016). Default: 0.
+        zoneout: probability, in training, that a unit keeps its state (Krueger et al., 2017), for all states
+            or one for each. Default: 0.
+        num_heads: blocks on the diagonal of W_hh, whose parameter is ``[G*H, H/num_heads]``. Default: 1.
+        forget_bias: what the bias of the forget gate is initialised to. Default: None, as torch does.
+        residual: whether layers above the first add their input to their output. Default: False.
+        variational_dropout: whether ``dropout`` draws one mask for all steps. Default: False.
+        learn_initial_state: whether the state starts from parameters ``initial_h [L*D, P]`` and
+            ``initial_c [L*D, H]``. Default: False.
+
     Call with:
         input: ``[T, B, I]``, unbatched ``[T, I]``, or a :class:`~torch.nn.utils.rnn.PackedSequence`; of the
             dtype and device of the parameters, with any strides.
         hx: ``(h_0 [L*D, B, P], c_0 [L*D, B, H])``, without B for unbatched input. Default: zeros.
+        lengths: int64 ``[B]``: the steps of each sample, from 0 to T; keyword-only, as those that follow.
+            Default: T of each.
+        reset: bool ``[T, B]``, ``[B, T]`` with ``batch_first``: whether the state is set before a step, in
+            the order in which a direction runs. Default: nowhere.
+        reset_state: what ``reset`` sets it to, shaped as ``hx``. Default: what the state starts from if
+            ``hx`` is not given.
+        return_all_states: whether to return the states of all steps as well. Default: False.
 
     Returns:
-        ``output [T, B, D*P]``, in the form of the input, and ``(h_n, c_n)``, shaped as ``hx``.
+        ``output [T, B, D*P]``, in the form of the input, and ``(h_n, c_n)``, shaped as ``hx``. With
+        ``return_all_states`` a third: ``(h [L*D, T, B, P], c [L*D, T, B, H])``, ``[L*D, B, T, *]`` with
+        ``batch_first``, rows ``[L*D, rows, *]`` of packed input.
 
     Raises:
         What :class:`torch.nn.LSTM` raises; also RuntimeError for a packed input whose features,
-        ``batch_sizes`` or state do not fit, where the built-in may go on.
+        ``batch_sizes`` or state do not fit, where the built-in may go on, and for lengths and resets that do
+        not; ValueError for options that do not go together.
     """
 
     _states, _kind = 2, "LSTM"
@@ -302,8 +328,12 @@ class GRU(_Layers, torch.nn.GRU):
     """Multi-layer GRU.
 
     Equivalent to :class:`torch.nn.GRU`, whose arguments, parameters and checkpoints it shares. Arguments,
-    shapes and errors are those of :class:`LSTM`, without ``proj_size``; ``hx`` and the final state are one
-    tensor ``[L*D, B, H]``.
+    shapes and errors are those of :class:`LSTM`, without ``proj_size``, ``peephole`` and ``forget_bias``;
+    ``hx`` and the final state are one tensor ``[L*D, B, H]``.
+
+    Keyword Args:
+        reset_after: whether r is applied after the recurrent product, as torch does, or to h before it, as
+            Cho et al. (2014) do. Default: True.
     """
 
     _kind = "GRU"
@@ -313,8 +343,8 @@ class RNN(_Layers, torch.nn.RNN):
     """Multi-layer Elman RNN.
 
     Equivalent to :class:`torch.nn.RNN`, whose arguments, parameters and checkpoints it shares. Arguments,
-    shapes and errors are those of :class:`GRU`, with ``nonlinearity`` (``"tanh"`` or ``"relu"``) as the
-    fourth argument.
+    shapes and errors are those of :class:`GRU`, without ``reset_after``, with ``nonlinearity`` (``"tanh"`` or
+    ``"relu"``) as the fourth argument.
     """
 
 
@@ -440,36 +470,6 @@ def _alike(x: Tensor, weight: Tensor, state: list[Tensor]) -> bool:
         return True
     dtypes = [t.dtype for t in (x, weight, *state)]
     return torch.is_autocast_enabled(device.type) and all(d in _AUTOCAST_MIXES for d in dtypes)
-
-
-def _packed_batch(packed: PackedSequence, state: list[Tensor] | None) -> int:
-    """B: the sequences alive at the first step."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # a size that the tracer knows, where there is one; the op compares the two
-        if packed.sorted_indices is not None:
-            return packed.sorted_indices.size(0)
-        if state:
-            return state[0].size(1)
-    return int(packed.batch_sizes[0])
-
-
-def _check_batch_sizes(batch_sizes: Any, rows: int) -> None:
-    if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
-        got = type(batch_sizes).__name__
-        if isinstance(batch_sizes, Tensor):
-            got = f"a {batch_sizes.dim()}-D tensor of {batch_sizes.dtype}"
-        raise RuntimeError(f"batch_sizes must be a 1-D tensor of torch.int64, got {got}")
-    if batch_sizes.device.type != "cpu":
-        raise RuntimeError(f"batch_sizes should always be on CPU, got {batch_sizes.device}")
-    if batch_sizes.size(0) == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if torch.compiler.is_compiling():  # the values are not known while tracing
-        return
-    if (total := int(batch_sizes.sum())) != rows:
-        raise RuntimeError(f"batch_sizes must add up to the rows of the input. Expected {rows}, got {total}")
-    if batch_sizes[-1] <= 0 or (batch_sizes[1:] > batch_sizes[:-1]).any():
-        raise RuntimeError("batch_sizes must be positive and must not increase from step to step")
 
 
 def _refuse(module: torch.nn.Module, input: Any, hx: Any) -> NoReturn:

@@ -7,10 +7,11 @@ backend.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 class Segments(NamedTuple):
@@ -179,6 +180,37 @@ def _pieces(
         T,
         B,
     )
+
+
+def packed_batch(packed: PackedSequence, state: list[Tensor] | None) -> int:
+    """B: the sequences alive at the first step."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a size that the tracer knows, where there is one; the op compares the two
+        if packed.sorted_indices is not None:
+            return packed.sorted_indices.size(0)
+        if state:
+            return state[0].size(1)
+    return int(packed.batch_sizes[0])
+
+
+def check_batch_sizes(batch_sizes: Any, rows: int) -> None:
+    """Raises RuntimeError if these are no batch sizes of so many packed rows."""
+    if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        got = type(batch_sizes).__name__
+        if isinstance(batch_sizes, Tensor):
+            got = f"a {batch_sizes.dim()}-D tensor of {batch_sizes.dtype}"
+        raise RuntimeError(f"batch_sizes must be a 1-D tensor of torch.int64, got {got}")
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes should always be on CPU, got {batch_sizes.device}")
+    if batch_sizes.size(0) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if torch.compiler.is_compiling():  # the values are not known while tracing
+        return
+    if (total := int(batch_sizes.sum())) != rows:
+        raise RuntimeError(f"batch_sizes must add up to the rows of the input. Expected {rows}, got {total}")
+    if batch_sizes[-1] <= 0 or (batch_sizes[1:] > batch_sizes[:-1]).any():
+        raise RuntimeError("batch_sizes must be positive and must not increase from step to step")
 
 
 def check_lengths(lengths: object, T: int, B: int) -> None:
