@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the triton backend on the CPU; read once, with fusedrnn
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import env, functional
 
 from .features import declared
 
@@ -49,9 +49,12 @@ def _fp32_means_fp32() -> Iterator[None]:
 def _shown_where_it_is_said(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """A test that is marked with a feature fails unless the backends that the mark names served it."""
+    """A test that is marked with a feature fails unless the backends that the mark names served it.
+
+    Where the environment forces another one, that one is what is tested.
+    """
     said = {backend for _, _, backends in declared(request.node) for backend in backends}
-    if not said:
+    if not said or (os.environ.get(env.BACKEND) and "free_choice" not in request.fixturenames):
         yield
         return
     served, make_plan = set(), functional.make_plan
@@ -65,6 +68,12 @@ def _shown_where_it_is_said(
     monkeypatch.setattr(functional, "make_plan", spy)
     yield
     assert said <= served, f"marked as shown on {sorted(said)}, served by {sorted(served)}"
+
+
+@pytest.fixture
+def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what only one backend can do: the planner chooses, also where the environment forces another."""
+    monkeypatch.delenv(env.BACKEND, raising=False)
 
 
 @pytest.fixture(params=BACKENDS)

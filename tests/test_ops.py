@@ -261,6 +261,7 @@ def test_compiled_call_with_dynamic_shapes(namespace):
         torch.testing.assert_close(xs[0].grad, xs[1].grad)
 
 
+@pytest.mark.usefixtures("free_choice")
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_function_transforms(name):
     """Forward mode and reverse over a functional call, as on the built-in: served by the reference."""

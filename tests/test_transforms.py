@@ -74,6 +74,7 @@ def test_gradient_penalty(kind: str, backend: str, flat: Callable) -> None:
 
 
 @pytest.mark.feature("forward mode", backends=["reference"])
+@pytest.mark.usefixtures("free_choice")
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_forward_mode(kind: str, flat: Callable) -> None:
     module, x = build(kind), sample(kind)
@@ -311,6 +312,7 @@ def test_derivative_of_the_gradient_of_an_ensemble() -> None:
 @pytest.mark.feature(
     "forward mode", nn="not by oneDNN, which CPU tensors of an LSTM get", backends=["reference"]
 )
+@pytest.mark.usefixtures("free_choice")
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_second_order_transforms(name: str) -> None:
     """Forward over reverse over a layer, and both Jacobians, as torch.nn has them."""
