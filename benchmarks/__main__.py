@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = 130  # a log file has no width; the table needs this one
     idle = timing.idle_cpus()
-    set_threads(options.threads, idle, console)
+    if warning := timing.set_threads(options.threads, idle):
+        console.print(warning, style="yellow")
     environment = where(options.device, options.seed, idle)
     show_environment(environment, console)
 
@@ -119,19 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
         for failure in failures:
             console.print(f"  {failure}", style="red", markup=False)
     return 1 if failures else 0
-
-
-def set_threads(asked: int | None, idle: float | None, console: Console) -> None:
-    """Sets torch's CPU threads: as many as asked for, else its own choice where that many CPUs are idle."""
-    usual = torch.get_num_threads()
-    free = usual if idle is None else max(1, round(idle))
-    torch.set_num_threads(asked or min(usual, free))
-    if free < usual:
-        console.print(
-            f"The machine is busy, {idle:.1f} CPUs are idle: times with {torch.get_num_threads()} of {usual}"
-            " threads (--threads chooses), worth less than on a quiet machine.",
-            style="yellow",
-        )
 
 
 def show_environment(environment: dict[str, Any], console: Console) -> None:

@@ -29,13 +29,10 @@ def test_the_documentation_builds(builder, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     if builder == "html":
         assert "fusedrnn.explain" in (tmp_path / "api.html").read_text()
+        index = (tmp_path / "index.html").read_text()
+        assert all(f"{page.stem}.html" in index for page in DOCS.glob("*.md"))
     else:
         assert re.search(r"[1-9]\d* tests\n.* 0 failures in tests", (tmp_path / "output.txt").read_text())
-
-
-def test_every_page_is_reached():
-    index = (DOCS / "index.md").read_text().splitlines()
-    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(index)
 
 
 def test_performance_is_what_the_results_say():

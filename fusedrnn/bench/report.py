@@ -315,6 +315,11 @@ def plot_scaling(
             axis.plot(sizes, [r.builtin.median * 1e3 for r in rows], "x--", color=colour, alpha=0.7)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        measured = sorted({getattr(row.shape, dim) for rows in series for row in rows})
+        axis.set_xticks(measured, [str(size) for size in measured])
+        axis.tick_params(axis="x", which="minor", bottom=False)
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(lambda tick, _: f"{tick:g}")
         axis.set_xlabel(dim)
         axis.grid(color="#e5e5e5", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)

@@ -207,6 +207,27 @@ def idle_cpus(seconds: float = 1.0) -> float | None:
     return (os.cpu_count() or 1) * (ticks[3] + ticks[4]) / max(1, sum(ticks))
 
 
+def set_threads(asked: int | None, idle: float | None) -> str:
+    """Sets torch's CPU threads: as many as asked for, else its own choice where that many CPUs are idle.
+
+    Args:
+        asked: how many; none for the choice.
+        idle: what :func:`idle_cpus` found.
+
+    Returns:
+        A warning if the machine is busy; else nothing.
+    """
+    usual = torch.get_num_threads()
+    free = usual if idle is None else max(1, round(idle))
+    torch.set_num_threads(asked or min(usual, free))
+    if free >= usual:
+        return ""
+    return (
+        f"The machine is busy, {idle:.1f} CPUs are idle: times with {torch.get_num_threads()} of {usual}"
+        " threads (--threads chooses), worth less than on a quiet machine."
+    )
+
+
 def _cpu_ticks() -> list[int]:
     """Of all CPUs: user, nice, system, idle, iowait, irq, softirq, steal."""
     return [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]

@@ -34,7 +34,7 @@ def bench(
     ] = "",
     seconds: Annotated[float, typer.Option(help="About how long; all is checked anyway.")] = 120,
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda, if there is one.")] = "",
-    threads: Annotated[int, typer.Option(help="Of the CPU; 0: torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(help="Of the CPU; 0: as many as are idle.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.csv and plots.")] = Path("bench"),
     compare: Annotated[
@@ -54,7 +54,7 @@ def bench(
     if compare:
         _compare(*compare)
         return
-    from fusedrnn.bench import peers, report, sets, table
+    from fusedrnn.bench import peers, report, sets, table, timing
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cells = _chosen("cell", cell, ("lstm", "gru", "rnn"))
@@ -69,11 +69,11 @@ def bench(
         raise typer.BadParameter("tf32 is a GPU's")
     modes = _chosen("mode", mode, MODES)
     beside = [peers.PEERS[p] for p in _peers(peer)]
-    if threads:
-        torch.set_num_threads(threads)
-
     console = make_console()
-    environment = report.environment(place, seed, None)
+    idle = timing.idle_cpus()
+    if warning := timing.set_threads(threads or None, idle):
+        console.print(warning, style="yellow")
+    environment = report.environment(place, seed, idle)
     measured = table.run(place, entries, precisions, seconds=seconds, seed=seed, modes=modes, beside=beside)
     table.show(measured, console)
     for line in sorted({f"{p}: {fault}" for row in measured.rows for p, fault in row.peer_faults.items()}):
