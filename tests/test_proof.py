@@ -173,7 +173,7 @@ def test_a_document_of_triton_kernels():
     )
     text = document.text(proof)
     assert "by Triton 3.6.0, for sm_80, sm_90, sm_100" in text
-    assert "Of 3 kernels 1 have a stack" in text
+    assert "Of 3 kernels 1 have a\n  stack" in text
     assert "Triton newest could not be had: no such index." in text
     assert "| `persistent_forward` | gru | tf32 | 200 / – / 180 | 8 | 52 KiB | 2 | not yet |" in text
 

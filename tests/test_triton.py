@@ -597,10 +597,9 @@ def test_what_serves_a_registered_cell(mgu):
 
 def test_compiles_ahead_of_time():
     """Every kind of plan of one cell and dtype; `make proof` compiles the others."""
-    options = ["--architectures", "90", "--cells", "lstm", "--dtypes", "bf16", "--brief"]
-    rows = triton_proof.rows(*options, "--sizes", "256", "64", "1041")
-    kernels = {*triton_proof.KERNELS, "persistent_inference", "step_inference"}
-    assert {row["kernel"] for row in rows} == kernels
+    options = ["--architectures", "90", "--cells", "gru", "--dtypes", "bf16", "--brief"]
+    rows = triton_proof.rows(*options, "--sizes", "128", "1041")
+    assert {row["kernel"] for row in rows} == set(triton_proof.KERNELS)
     assert {row["kind"] for row in rows} == {"block", "grid, on chip", "grid, from L2", "stepwise"}
     assert [fault for row in rows if (fault := triton_kernels.faults(row))] == []
 

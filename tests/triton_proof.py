@@ -66,6 +66,8 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fusedrnn.cells import CELLS as REGISTERED
+
     seen = set()
     for architecture, cell, dtype in product(architectures, cells, dtypes):
         for H, plan, kernel, arguments in launches(architecture, cell, dtype, sizes):
@@ -85,7 +87,8 @@ def compiled(
                 if not found[-1][0]["stack"]:
                     break
             used, binary = min(found, key=lambda each: each[0]["stack"])
-            inference = name.endswith("_forward") and not constants["KEEP"]
+            # Cells of one state keep nothing: theirs is one kernel.
+            inference = name.endswith("_forward") and not constants["KEEP"] and REGISTERED[cell].states > 1
             yield {
                 "triton": triton.__version__,
                 "kernel": name.replace("forward", "inference") if inference else name,

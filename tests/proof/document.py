@@ -62,8 +62,10 @@ The same passes as Triton kernels, for GPUs that the CUDA kernels were not built
 
 - **Compiled** ahead of time by {versions}, for {targets}: what every launch of inference and of a
   training step compiles, by every kind of plan; in bf16, tf32 and fp32, by the newest, by every plan.
-  Sizes are H = {sizes}; of those that 16 does not divide, elements are loaded one
-  by one. Of {count} kernels {stacked} have a stack, which is where spills would go.{absent}
+  Inference keeps no states; cells of one state never do, and have one forward kernel. Where a kernel
+  spills, it is compiled with other bounds on its registers, as calls do. Sizes are H = {sizes};
+  of those that 16 does not divide, elements are loaded one by one. Of {count} kernels {stacked} have a
+  stack, which is where spills would go.{absent}
 - **Interpreted.** `make test` runs every schedule in Triton's interpreter against the reference, forward and
   backward; programs that would wait for one another run step by step there.
 
