@@ -71,7 +71,7 @@ class BackwardPass {
 
   // The cell's backward for the units of the panels; what is left of dstate[0] is what did not go through gh.
   void differentiate(const Job& job, int64_t t, typename Layout<T>::Range panels) const {
-    const int64_t n = job.n, N = p_.N, B = p_.steps.B, H = p_.H, P = p_.P;
+    const int64_t n = job.n, N = p_.N, B = p_.steps.B, H = p_.H;
     const int64_t end = rows_end(job, t), first = p_.steps.offset(t);
     if (job.b0 >= end) return;
     const auto before = layout_.before(n, t);
@@ -80,60 +80,63 @@ class BackwardPass {
     const int64_t unit_begin = projected() ? 0 : panels.begin * width;
     const int64_t unit_end = projected() || panels.end * width > H ? H : panels.end * width;
     for (int64_t b = job.b0; b < end; ++b) {
-      const int64_t at = n * B + b, row = (first + b) * N + n;
-      const bool starts = b >= before.alive;
       const int64_t source = (before.offset + b) * N + n;
-      const T* h = starts ? p_.h0 + at * P : p_.y + source * P;
-      const T* saved = p_.gates + row * p_.slots * H;
-      for (int64_t unit = unit_begin; unit < unit_end; unit += W) {
-        const int lanes = static_cast<int>(unit_end - unit < W ? unit_end - unit : W);
-        Array<V, Cell::kStates> dnext{}, state{}, next{};
-        if (projected()) {
-          dnext[0] = V::load(scratch_.get() + at * H + unit, lanes);
-          next[0] = V::load(p_.kept[0] + row * H + unit, lanes);
-        } else {
-          dnext[0] = V::load(p_.dstate[0] + at * P + unit, lanes);
-          if (p_.dy) dnext[0] = dnext[0] + V::load(p_.dy + row * P + unit, lanes);
-          next[0] = V::load(p_.y + row * P + unit, lanes);
-          state[0] = V::load(h + unit, lanes);
-        }
-        for (int s = 1; s < Cell::kStates; ++s) {
-          dnext[s] = V::load(p_.dstate[s] + at * H + unit, lanes);
-          if (p_.dkept[s]) dnext[s] = dnext[s] + V::load(p_.dkept[s] + row * H + unit, lanes);
-          next[s] = V::load(p_.kept[s] + row * H + unit, lanes);
-          state[s] = V::load(starts ? p_.state0[s] + at * H + unit : p_.kept[s] + source * H + unit, lanes);
-        }
-        Array<V, Cell::kSaved> values;
-        for (int j = 0; j < Cell::kSaved; ++j) values[j] = V::load(saved + j * H + unit, lanes);
-        const Backward<Cell, V> d = step_of(n, at, unit, lanes, dnext, values, state, next);
-        for (int g = 0; g < G; ++g) {
-          d.dgx[g].store(p_.dgx + (row * G + g) * H + unit, lanes);
-          if constexpr (!Cell::kSameGates) d.dgh[g].store(p_.dgh + (row * G + g) * H + unit, lanes);
-        }
-        if (!projected()) d.dstate[0].store(p_.dstate[0] + at * P + unit, lanes);
-        for (int s = 1; s < Cell::kStates; ++s) d.dstate[s].store(p_.dstate[s] + at * H + unit, lanes);
-      }
+      const Row at{n, n * B + b, (first + b) * N + n, b >= before.alive ? -1 : source};
+      int64_t unit = unit_begin;
+      for (; unit + 2 * W <= unit_end; unit += 2 * W) differentiate_units<Pair<T>>(at, unit, W);
+      for (; unit < unit_end; unit += W)
+        differentiate_units<V>(at, unit, static_cast<int>(unit_end - unit < W ? unit_end - unit : W));
     }
   }
 
-  // `at`: n * B + b, the row of the gradients of parameters, which are added up for each sequence apart.
-  FUSEDRNN_HD Backward<Cell, V> step_of(int64_t n, int64_t at, int64_t unit, int lanes,
-                                        const Array<V, Cell::kStates>& dnext,
-                                        const Array<V, Cell::kSaved>& saved,
-                                        const Array<V, Cell::kStates>& state,
-                                        const Array<V, Cell::kStates>& next) const {
-    if constexpr (constexpr int K = params_of<Cell>; K > 0) {
-      Array<V, K> param;
-      for (int j = 0; j < K; ++j) param[j] = V::load(p_.recurrences[n].param + j * p_.H + unit, lanes);
-      const Backward<Cell, V> d = Cell::backward(dnext, saved, state, next, param);
-      for (int j = 0; j < K; ++j) {
-        T* sum = p_.dparam + (at * K + j) * p_.H + unit;
-        (V::load(sum, lanes) + d.dparam[j]).store(sum, lanes);
-      }
-      return d;
+  // A row of a step: its recurrence, its place among the states [N, B] and among the rows [rows, N], and that
+  // of the step before, -1 for the first.
+  struct Row {
+    int64_t n, state, here, before;
+  };
+
+  // Of a vector of units or, if Vector is a Pair, two.
+  template <class Vector>
+  FUSEDRNN_HD void differentiate_units(const Row& at, int64_t unit, int lanes) const {
+    const int64_t H = p_.H, P = p_.P;
+    const auto load = [&](const T* p) { return Vector::load_rows(p + unit, W, lanes); };
+    const auto store = [&](Vector x, T* p) { x.store_rows(p + unit, W, lanes); };
+    Array<Vector, Cell::kStates> dnext{}, state{}, next{};
+    if (projected()) {
+      dnext[0] = load(scratch_.get() + at.state * H);
+      next[0] = load(p_.kept[0] + at.here * H);
     } else {
-      return Cell::backward(dnext, saved, state, next);
+      dnext[0] = load(p_.dstate[0] + at.state * P);
+      if (p_.dy) dnext[0] = dnext[0] + load(p_.dy + at.here * P);
+      next[0] = load(p_.y + at.here * P);
+      state[0] = load(at.before < 0 ? p_.h0 + at.state * P : p_.y + at.before * P);
     }
+    for (int s = 1; s < Cell::kStates; ++s) {
+      dnext[s] = load(p_.dstate[s] + at.state * H);
+      if (p_.dkept[s]) dnext[s] = dnext[s] + load(p_.dkept[s] + at.here * H);
+      next[s] = load(p_.kept[s] + at.here * H);
+      state[s] = load(at.before < 0 ? p_.state0[s] + at.state * H : p_.kept[s] + at.before * H);
+    }
+    Array<Vector, Cell::kSaved> saved;
+    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = load(p_.gates + (at.here * p_.slots + j) * H);
+    Backward<Cell, Vector> d;
+    if constexpr (constexpr int K = params_of<Cell>; K > 0) {
+      Array<Vector, K> param;
+      for (int j = 0; j < K; ++j) param[j] = load(p_.recurrences[at.n].param + j * H);
+      d = Cell::backward(dnext, saved, state, next, param);
+      for (int j = 0; j < K; ++j) {  // added up for each sequence apart
+        T* sum = p_.dparam + (at.state * K + j) * H;
+        store(load(sum) + d.dparam[j], sum);
+      }
+    } else {
+      d = Cell::backward(dnext, saved, state, next);
+    }
+    for (int g = 0; g < G; ++g) {
+      store(d.dgx[g], p_.dgx + (at.here * G + g) * H);
+      if constexpr (!Cell::kSameGates) store(d.dgh[g], p_.dgh + (at.here * G + g) * H);
+    }
+    if (!projected()) store(d.dstate[0], p_.dstate[0] + at.state * P);
+    for (int s = 1; s < Cell::kStates; ++s) store(d.dstate[s], p_.dstate[s] + at.state * H);
   }
 
   // Gradient of h before its projection, into scratch; of h after it, for W_hr, into dprojected.
