@@ -218,7 +218,7 @@ def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(libraries, "FOLDER", tmp_path)
     assert "was not built" in libraries._load("libfusedrnn_cpu.so")
     (tmp_path / "libfusedrnn_cpu.so").write_bytes(b"not a library")
-    assert "FUSEDRNN_EMULATOR=1" in libraries.emulator_reason.__wrapped__()
+    assert "FUSEDRNN_EMULATOR=1" in libraries.emulator_reason()
     reason = libraries._load("libfusedrnn_cpu.so")
     assert "could not be loaded" in reason
     assert "libfusedrnn_cpu.so" in reason
