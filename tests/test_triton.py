@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -488,7 +489,10 @@ def test_why_triton_is_not_available(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert "needs triton 3.6 or newer, this is 3.5.1" in reason()
     monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(np, "__version__", "2.4.0")
     assert "needs numpy older than 2.4" in reason()
+    monkeypatch.setattr(np, "__version__", "2.3.9")
+    assert reason() == ""
     monkeypatch.setattr(triton, "__version__", "3.7.1+git1234")
     assert reason() == ""
     monkeypatch.delenv("TRITON_INTERPRET")
