@@ -140,15 +140,4 @@ def _builtin_is_faster(problem: Problem) -> bool:
         return False
     if problem.packed or problem.autocast:  # under autocast the built-in has no fp16 LSTM on most CPUs
         return False
-    if problem.T == 1 and problem.B > _UNPACKED_ROWS:  # a step does not repay packing the weights
-        return True
-    # The padded fp32 LSTM of oneDNN is near the matrix-product peak from a batch of sixteen on. Ours is ahead
-    # of it in training and level in inference, 0.92 to 1.09 of its speed on an AVX-512 core, as
-    # `FUSEDRNN_BACKEND=cpu make bench` shows.
-    return (
-        problem.cell == "lstm"
-        and problem.dtype == torch.float32
-        and problem.B >= 16
-        and not problem.training
-        and not problem.P
-    )
+    return problem.T == 1 and problem.B > _UNPACKED_ROWS  # a step does not repay packing the weights

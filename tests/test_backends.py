@@ -54,18 +54,13 @@ def test_cpu_kernels_serve_cpu_tensors():
 @pytest.mark.parametrize(
     ("change", "backend"),
     [
-        ({"training": False}, "torch"),  # where the built-in is at the machine's limit
-        ({"training": False, "B": 15}, "cpu"),
-        ({"training": False, "packed": True}, "cpu"),
-        ({"training": False, "P": 16}, "cpu"),
-        ({"training": False, "cell": "gru"}, "cpu"),
+        ({"training": False}, "cpu"),
         ({"training": False, "dtype": torch.bfloat16}, "cpu"),
         ({"training": False, "reverse": (True,)}, "cpu"),
         ({"T": 1, "B": 9}, "torch"),  # one step does not repay packing the weights
         ({"T": 1, "B": 8}, "cpu"),
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
-        ({"training": False, "autocast": True}, "cpu"),
         ({"transformed": True}, "reference"),
     ],
     ids=str,
