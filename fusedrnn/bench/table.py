@@ -54,6 +54,7 @@ class Row:
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
     peer_times: dict[str, list[float]] = field(default_factory=dict)
+    beside_peer_times: list[float] = field(default_factory=list)  # ours
     peer_faults: dict[str, str] = field(default_factory=dict)  # why a peer has no times
     builtin_memory: int | None = None
     fusedrnn_memory: int | None = None
@@ -75,7 +76,7 @@ class Row:
         """A peer's time over ours, likewise; None where it has none."""
         if name not in self.peer_times:
             return None
-        pairs = zip(self.peer_times[name], self.fusedrnn_times, strict=True)
+        pairs = zip(self.peer_times[name], self.beside_peer_times, strict=True)
         return timing.spread([a / b for a, b in pairs])
 
 
@@ -179,19 +180,39 @@ def _measure(
         run_ours = partial(call, trio.ours, trio.inputs, mode)
         _gate(row, trio, truth)
         if not row.faults:
-            right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
-            calls, row.method = timing.captured([run_builtin, run_ours, *right.values()], device)
-            row.builtin_times, row.fusedrnn_times, *others = timing.interleave(
+            calls, row.method = timing.captured([run_builtin, run_ours], device)
+            row.builtin_times, row.fusedrnn_times = timing.interleave(
                 calls,
                 device,
-                seconds=deadline.left / (len(modes) - i),
+                seconds=deadline.left / (len(modes) - i + bool(beside)),
                 **least,
                 settle=0.01 if device.type == "cpu" and seconds > 0 else 0.0,
             )
-            row.peer_times = dict(zip(right, others, strict=True))
+            _time_peers(row, beside, cell, trio, truth, deadline.left / (len(modes) - i), **least)
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
         yield row
+
+
+def _time_peers(
+    row: Row,
+    beside: Sequence[peers.Peer],
+    cell: Cell,
+    trio: Trio,
+    truth: dict[str, Tensor],
+    seconds: float,
+    **least: Any,
+) -> None:
+    """Times the peers beside ours; apart from the built-in, whose times their thread pools would disturb."""
+    right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
+    if not right:
+        return
+    device = trio.inputs.x.device
+    run_ours = partial(call, trio.ours, trio.inputs, row.mode)
+    calls, _ = timing.captured([run_ours, *right.values()], device)
+    settle = 0.02 if device.type == "cpu" and seconds > 0 else 0.0
+    row.beside_peer_times, *others = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
+    row.peer_times = dict(zip(right, others, strict=True))
 
 
 def _right(
