@@ -54,7 +54,6 @@ class Row:
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
     peer_times: dict[str, list[float]] = field(default_factory=dict)
-    beside_peer_times: list[float] = field(default_factory=list)  # ours
     peer_faults: dict[str, str] = field(default_factory=dict)  # why a peer has no times
     builtin_memory: int | None = None
     fusedrnn_memory: int | None = None
@@ -73,11 +72,10 @@ class Row:
         return timing.spread([a / b for a, b in zip(self.builtin_times, self.fusedrnn_times, strict=True)])
 
     def peer_ratio(self, name: str) -> timing.Spread | None:
-        """A peer's time over ours, likewise; None where it has none."""
+        """A peer's times over the median of ours; None where it has none."""
         if name not in self.peer_times:
             return None
-        pairs = zip(self.peer_times[name], self.beside_peer_times, strict=True)
-        return timing.spread([a / b for a, b in pairs])
+        return timing.spread([t / self.fusedrnn.median for t in self.peer_times[name]])
 
 
 @dataclass
@@ -203,16 +201,15 @@ def _time_peers(
     seconds: float,
     **least: Any,
 ) -> None:
-    """Times the peers beside ours; apart from the built-in, whose times their thread pools would disturb."""
+    """Times the peers, after the built-in and ours: what has a thread pool of its own disturbs both."""
     right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
     if not right:
         return
     device = trio.inputs.x.device
-    run_ours = partial(call, trio.ours, trio.inputs, row.mode)
-    calls, _ = timing.captured([run_ours, *right.values()], device)
+    calls, _ = timing.captured([*right.values()], device)
     settle = 0.02 if device.type == "cpu" and seconds > 0 else 0.0
-    row.beside_peer_times, *others = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
-    row.peer_times = dict(zip(right, others, strict=True))
+    times = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
+    row.peer_times = dict(zip(right, times, strict=True))
 
 
 def _right(
