@@ -176,8 +176,9 @@ class Flags(TorchDispatchMode):
 @pytest.fixture
 def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Puts torch's precision switches back to what conftest.py made them: the older one last, it sets all."""
-    # torch's own test inputs, which other tests import, forbid to set them
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    # torch's own test inputs, which other tests import, forbid to set them; the module hides its own global
+    frozen = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(frozen, "__allow_nonbracketed_mutation_flag", True)
     yield
     for place in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
         place.fp32_precision = "ieee"
