@@ -4,7 +4,7 @@ The compiled library defines the schemas (``csrc/ops``); this module adds what t
 Python. ``fusedrnn::sequence`` is for inference and keeps nothing; ``fusedrnn::sequence_forward`` also
 returns what ``fusedrnn::sequence_backward`` needs. The backward op is differentiable itself, through the
 reference. ``fusedrnn_emulator`` has the same three ops, which run the CUDA kernels on CPU tensors, and so has
-``fusedrnn_triton``, which is defined in Python (``triton/ops.py``).
+``fusedrnn_triton``, which is defined in Python (``triton/definition.py``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, batching, differentiable, env, libraries, reference
+from . import autocast, batching, differentiable, libraries, reference
 from .cells import CELL_BY_ID, PEEPHOLE, Cell, compute_dtype
 from .checks import check, given, inputs_of
+from .triton import definition
 from .variation import PLAIN, Variation
 
-_NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": "fusedrnn_triton"}
+_NAMESPACES = {"emulator": "fusedrnn_emulator", "triton": definition.NAMESPACE}
 
 
 def sequence(
@@ -122,7 +123,7 @@ def _register(namespace: str) -> None:
     keeps_gates = namespace == "fusedrnn"  # where it serves the CPU
     torch.library.register_fake(f"{namespace}::sequence", _fake_sequence)
     torch.library.register_fake(f"{namespace}::sequence_forward", partial(_fake_forward, keeps_gates))
-    fake_backward = _fake_without_params if namespace == _NAMESPACES["triton"] else _fake_backward
+    fake_backward = _fake_without_params if namespace == definition.NAMESPACE else _fake_backward
     torch.library.register_fake(f"{namespace}::sequence_backward", fake_backward)
     differentiable.register(library, ops.sequence_forward.default, _save, partial(_backward, ops))
     differentiable.register(library, ops.sequence_backward.default, _save_backward, _double_backward)
@@ -424,8 +425,5 @@ for _name, _namespace, _reason in (
         libraries.set_aside(_name, "is of another version of this package; build it again")
     if not _reason():
         _register(_namespace)
-if not libraries.triton_reason():
-    from .triton import ops as triton_ops
-
-    _keep_alive.append(triton_ops.define(("cuda", "cpu") if env.interpreted() else ("cuda",)))
-    _register("fusedrnn_triton")
+_keep_alive.append(definition.define())
+_register(definition.NAMESPACE)

@@ -504,22 +504,59 @@ def test_why_triton_is_not_available(monkeypatch):
     assert "triton could not be imported" in reason()
 
 
+def in_a_new_process(code: str, **settings: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "import sys, torch\n" + code]
+    done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, timeout=300)
+    assert done.stderr == ""
+    return done.stdout
+
+
 def test_a_model_through_the_triton_code():
     """As a user does it: a module, the backend forced by the environment, a schedule too."""
     code = (
-        "import torch, fusedrnn\n"
+        "import fusedrnn\n"
+        "print('triton' in sys.modules)\n"
         "model = fusedrnn.LSTM(4, 20, bidirectional=True).bfloat16()\n"
         "y, _ = model(torch.randn(2, 3, 4).bfloat16())\n"
         "y.float().pow(2).sum().backward()\n"
         "print(all(p.grad.isfinite().all() for p in model.parameters()), y.grad_fn.name())\n"
     )
-    settings = {"TRITON_INTERPRET": "1", "FUSEDRNN_BACKEND": "triton", "FUSEDRNN_SCHEDULE": "block"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True, timeout=120
+    said = in_a_new_process(code, TRITON_INTERPRET="1", FUSEDRNN_BACKEND="triton", FUSEDRNN_SCHEDULE="block")
+    imported, finite, name = said.split(maxsplit=2)
+    assert (imported, finite) == ("False", "True")
+    assert "fusedrnn_triton" in name
+
+
+def test_the_import_asks_for_neither_triton_nor_a_gpu():
+    """Where there is a GPU as well: what is imported does not depend on it."""
+    code = (
+        "asked = []\n"
+        "torch.cuda.is_available = lambda: asked.append(1) or True\n"
+        "import fusedrnn\n"
+        "print('triton' in sys.modules, len(asked))\n"
+        "one, w = torch.ones(1, 1, 1), torch.ones(1, 1)\n"
+        "try:\n"
+        "    torch.ops.fusedrnn_triton.sequence(2, one, [one], [w], [w], [], [], [], [False], None, False)\n"
+        "except RuntimeError as error:\n"
+        "    print('triton' in sys.modules, error)\n"
     )
-    assert result.stderr == ""
-    assert result.stdout.startswith("True ")
-    assert "fusedrnn_triton" in result.stdout
+    first, second = in_a_new_process(code).splitlines()
+    assert first == "False 0"
+    assert second == "True x must be on a CUDA device, is on cpu"
+
+
+def test_what_is_compiled_first_is_traced_without_the_kernels():
+    code = (
+        "import fusedrnn\n"
+        "layer, x = fusedrnn.GRU(3, 4), torch.randn(2, 2, 3)\n"
+        "compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')\n"
+        "y, _ = compiled(x)\n"
+        "y.sum().backward()\n"
+        "print(torch.equal(y, layer(x)[0]), layer.weight_hh_l0.grad.isfinite().all().item())\n"
+    )
+    said = in_a_new_process(code, TRITON_INTERPRET="1", FUSEDRNN_BACKEND="triton")
+    assert said.split() == ["True", "True"]
 
 
 # A cell of one's own

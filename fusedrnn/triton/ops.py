@@ -1,4 +1,4 @@
-"""The ops of namespace ``fusedrnn_triton``: what ``csrc/ops`` is to the compiled libraries.
+"""What the ops of ``definition.py`` do: what ``csrc/ops`` is to the compiled libraries.
 
 As there, no gates are kept: h of every step is known once the forward has ended, so the backward computes all
 gates again in one product.
@@ -14,21 +14,6 @@ from torch import Tensor
 
 from . import launch, schedule
 from .call import Call, columns, multiply
-
-_LAYER = (
-    "int cell, Tensor x, Tensor[] state, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
-    "Tensor[] bias_hh, Tensor[] weight_hr, bool[] reverse, Tensor? batch_sizes, bool tf32"
-)
-_INCOMING = "Tensor y, Tensor[] saved, Tensor? dy, Tensor[] dfinal, bool need_dx, bool need_dweights"
-_GRADIENTS = (
-    "Tensor dx, Tensor[] dstate, Tensor[] dweight_ih, Tensor[] dweight_hh, Tensor[] dbias_ih, "
-    "Tensor[] dbias_hh, Tensor[] dweight_hr"
-)
-_SCHEMAS = (
-    f"sequence({_LAYER}) -> (Tensor y, Tensor[] final)",
-    f"sequence_forward({_LAYER}) -> (Tensor y, Tensor[] final, Tensor[] saved)",
-    f"sequence_backward({_LAYER}, {_INCOMING}) -> ({_GRADIENTS})",
-)
 
 
 def sequence(*layer: Any) -> tuple[Tensor, list[Tensor]]:
@@ -162,13 +147,3 @@ def _check(call: Call, y: Tensor, saved: list[Tensor], dy: Tensor | None, dfinal
     for d, s in zip(dfinal, call.state, strict=True):
         same = d.shape == s.shape and d.dtype == s.dtype and d.device == s.device
         require(same, "dfinal does not fit the state")
-
-
-def define(devices: tuple[str, ...]) -> torch.library.Library:
-    """Defines the ops for these types of device; they last as long as what is returned."""
-    library = torch.library.Library("fusedrnn_triton", "DEF")
-    for schema, function in zip(_SCHEMAS, (sequence, sequence_forward, sequence_backward), strict=True):
-        library.define(schema)
-        for device in devices:
-            library.impl(schema.partition("(")[0], function, device.upper())
-    return library
