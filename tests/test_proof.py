@@ -147,7 +147,7 @@ def test_a_document_says_what_failed():
         {caught: "race", survivor: ""},
         ["not caught: it\nand more"],
     )
-    text = document.text(proof)
+    text = document.text(proof, None)
     assert "**Not all of it holds:**\n\n- not caught: it\n" in text
     assert "1,234 seeded schedules" in text
     assert "1 of 2 mutants were caught: 50 %" in text
@@ -165,17 +165,32 @@ ROW = {
 
 def test_a_document_of_triton_kernels():
     wider = ROW | {"plan": "grid of 8 with 64 units of 16 sequences each, weights from L2", "registers": 200}
-    proof = document.Proof(
-        "nvcc 1.2.3",
-        ["80"],
-        triton=[Version("3.6.0"), Version("newest", why="no such index")],
-        triton_rows=[ROW, wider, ROW | {"architecture": 100, "stack": 8, "shared": 1}],
+    proof = document.TritonProof(
+        [Version("3.6.0"), Version("newest", why="no such index")],
+        [ROW, wider, ROW | {"architecture": 100, "stack": 8, "shared": 1}],
+        ["it spills"],
     )
-    text = document.text(proof)
+    text = document.text(None, proof)
     assert "by Triton 3.6.0, for sm_80, sm_90, sm_100" in text
     assert "Of 3 kernels 1 have a\n  stack" in text
+    assert "**Not all of it holds:**\n\n- it spills\n" in text
     assert "Triton newest could not be had: no such index." in text
     assert "| `persistent_forward` | gru | tf32 | 200 / – / 180 | 8 | 52 KiB | 2 | not yet |" in text
+
+
+def test_each_part_of_the_document_replaces_itself():
+    cuda = document.Proof("nvcc 1.2.3", ["80"])
+    triton = document.TritonProof([Version("3.6.0")], [ROW])
+    both = document.text(cuda, triton)
+    assert both.count("All of it holds.") == 2
+    for one, other in ((cuda, None), (None, triton)):
+        assert document.text(one, other, both) == both
+    newer = document.text(document.Proof("nvcc 1.2.4", ["80"]), None, both)
+    assert newer == both.replace("1.2.3", "1.2.4")
+    newer = document.text(None, document.TritonProof([], [ROW | {"registers": 7}]), both)
+    assert newer == both.replace("180 / –", "7 / –")
+    alone = document.text(cuda, None)
+    assert document.text(None, triton, alone) == both
 
 
 def test_versions_of_triton(monkeypatch, tmp_path):

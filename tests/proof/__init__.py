@@ -1,1 +1,1 @@
-"""What is proven about the CUDA kernels without a GPU: ``python -m tests.proof`` writes docs/proof.md."""
+"""What is proven about the kernels without a GPU: ``python -m tests.proof`` writes docs/proof.md."""

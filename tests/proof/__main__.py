@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import compilation, document, suite, triton_kernels
 from .compilation import ROOT, CompilationError, Unit
-from .document import Proof
+from .document import Proof, TritonProof
 from .emulator import (
     PERSISTENT_KERNELS,
     PROGRAMS,
@@ -24,7 +24,6 @@ from .emulator import (
     run,
 )
 from .mutation import Mutant, mutants, scan, verdict
-from .triton_kernels import Part
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,13 +44,6 @@ def prove_compilation(proof: Proof, units: Iterable[Unit]) -> None:
                 f"{r.kernel or r.name} on sm_{r.architecture}: "
                 f"{r.spills} bytes of spills, {r.stack} of stack, {r.shared} of static shared memory"
             )
-
-
-def prove_triton(proof: Proof, versions: list[triton_kernels.Version], parts: Iterable[Part]) -> None:
-    proof.triton = versions
-    for found in do_all("compiled by triton", triton_kernels.rows, parts):
-        proof.triton_rows += found
-    proof.failures += filter(None, map(triton_kernels.faults, proof.triton_rows))
 
 
 def prove_results(proof: Proof, kernels: Iterable[Kernel]) -> None:
@@ -82,47 +74,65 @@ def prove_mutations(proof: Proof, kernels: Iterable[Kernel]) -> None:
         proof.failures.append(f"{site[1]} at {site[0]} {where}")
 
 
+def prove_cuda(quick: bool) -> Proof:
+    proof = Proof(compilation.compiler_version(), compilation.architectures())
+    if absent := [str(program) for program in PROGRAMS.values() if not program.exists()]:
+        raise EmulatorError(f"not built (FUSEDRNN_EMULATOR=1): {', '.join(absent)}")
+    persistent, stepwise = list(PERSISTENT_KERNELS), list(STEPWISE_KERNELS)
+    if quick:
+        proof.architectures = [a for a in proof.architectures if a.startswith("90")]
+        persistent, stepwise = ([k for k in ks if k[2:] == ("lstm", "bf16")] for ks in (persistent, stepwise))
+    units = [unit for a in proof.architectures for unit in compilation.units(a)]
+    if quick:
+        units = [unit for unit in units if unit[:2] in (("Lstm", "BFloat16"), ("", ""))]
+    prove_results(proof, [*persistent, *stepwise])
+    prove_mutations(proof, persistent)
+    prove_compilation(proof, units)
+    return proof
+
+
+def prove_triton(quick: bool) -> TritonProof:
+    proof = TritonProof(triton_kernels.versions())
+    parts = triton_kernels.parts(proof.versions)
+    if quick:
+        parts = [part for part in parts if part[1:] == (90, "gru", True)]
+    for found in do_all("compiled by triton", triton_kernels.rows, parts):
+        proof.rows += found
+    proof.failures += filter(None, map(triton_kernels.faults, proof.rows))
+    return proof
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proof", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="LSTM in bf16 for one architecture; writes to build/"
+        "--quick", action="store_true", help="one cell of each for one architecture; writes to build/"
     )
+    parser.add_argument("--only", choices=("cuda", "triton"), help="of the others, keep what was written")
     parser.add_argument("--output", type=Path, help="where to write (docs/proof.md)")
     options = parser.parse_args()
+    cuda = triton = None
     try:
-        proof = Proof(compilation.compiler_version(), compilation.architectures())
-        if absent := [str(program) for program in PROGRAMS.values() if not program.exists()]:
-            raise EmulatorError(f"not built (FUSEDRNN_EMULATOR=1): {', '.join(absent)}")
-        persistent, stepwise = list(PERSISTENT_KERNELS), list(STEPWISE_KERNELS)
-        if options.quick:
-            proof.architectures = [a for a in proof.architectures if a.startswith("90")]
-            persistent, stepwise = (
-                [k for k in ks if k[2:] == ("lstm", "bf16")] for ks in (persistent, stepwise)
-            )
-        units = [unit for a in proof.architectures for unit in compilation.units(a)]
-        if options.quick:
-            units = [unit for unit in units if unit[:2] in (("Lstm", "BFloat16"), ("", ""))]
-        prove_results(proof, [*persistent, *stepwise])
-        prove_mutations(proof, persistent)
-        prove_compilation(proof, units)
-        versions = triton_kernels.versions()
-        parts = triton_kernels.parts(versions)
-        if options.quick:
-            parts = [part for part in parts if part[1:] == (90, "gru", True)]
-        prove_triton(proof, versions, parts)
+        if options.only != "triton":
+            cuda = prove_cuda(options.quick)
+        if options.only != "cuda":
+            triton = prove_triton(options.quick)
     except (CompilationError, EmulatorError) as error:
         print(f"proof: {error}", file=sys.stderr)
         return 2
     output = options.output or (ROOT / "build" / "proof.md" if options.quick else ROOT / "docs" / "proof.md")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(document.text(proof))
-    for failure in proof.failures:
+    output.write_text(document.text(cuda, triton, output.read_text() if output.exists() else ""))
+    failures = [failure for proof in (cuda, triton) if proof for failure in proof.failures]
+    for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
-    caught, total = sum(map(bool, proof.verdicts.values())), len(proof.verdicts)
-    compiled = len(proof.resources) + len(proof.triton_rows)
-    print(f"{output}: {compiled} kernels compiled, {proof.schedules.total()} schedules emulated,")
-    print(f"{caught} of {total} mutants caught, {len(proof.failures)} failures")
-    return 1 if proof.failures else 0
+    if cuda:
+        caught, total = sum(map(bool, cuda.verdicts.values())), len(cuda.verdicts)
+        print(f"{len(cuda.resources)} CUDA kernels compiled, {cuda.schedules.total()} schedules emulated,")
+        print(f"{caught} of {total} mutants caught")
+    if triton:
+        print(f"{len(triton.rows)} Triton kernels compiled")
+    print(f"{output}: {len(failures)} failures")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ NOT_YET = "not yet"
 INTRODUCTION = """\
 # What is proven about the kernels without a GPU
 
-Written by `make proof`; to change it, change what it is about. {holds}
-Of the CUDA kernels; those in Triton stand at the end.
+Written by `make proof`; to change it, change what it is about. First of the CUDA kernels; those in
+[Triton](#triton-kernels) stand at the end. {holds}
 
 - **Compiled.** Every instantiation, by {compiler}, for {targets}.
   Registers, spills and stack, in bytes of a thread, are what `ptxas -v` says.
@@ -55,10 +55,10 @@ barrier, an mbarrier, or a block that ends. A place that no kernel runs would be
 """
 
 
+TRITON_TITLE = "## Triton kernels\n"
 TRITON = """\
-## Triton kernels
-
-The same passes as Triton kernels, for GPUs that the CUDA kernels were not built for.
+{title}
+The same passes as Triton kernels, for GPUs that the CUDA kernels were not built for. {holds}
 
 - **Compiled** ahead of time by {versions}, for {targets}: what every launch of inference and of a
   training step compiles, by every kind of plan; in bf16, tf32 and fp32, by the newest, by every plan.
@@ -77,7 +77,7 @@ have them. That programs which wait for one another do so by acquire and release
 
 @dataclass
 class Proof:
-    """What was found.
+    """What was found of the CUDA kernels.
 
     Attributes:
         compiler: its name and version.
@@ -87,8 +87,6 @@ class Proof:
         sites: the operation at every place the scan of the sources found.
         verdicts: how each mutant was found to be wrong; empty if it was not.
         failures: what is not as it must be, in words.
-        triton: the versions of Triton, also those that could not be had.
-        triton_rows: what each of its kernels needs.
     """
 
     compiler: str
@@ -98,13 +96,26 @@ class Proof:
     sites: dict[str, str] = field(default_factory=dict)
     verdicts: dict[Mutant, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    triton: list[Version] = field(default_factory=list)
-    triton_rows: list[Row] = field(default_factory=list)
 
     def score(self, kernel: Kernel) -> tuple[int, int]:
         """Of its mutants, how many were caught, and how many there are."""
         found = [how for mutant, how in self.verdicts.items() if mutant.kernel == kernel]
         return sum(map(bool, found)), len(found)
+
+
+@dataclass
+class TritonProof:
+    """What was found of the Triton kernels.
+
+    Attributes:
+        versions: of Triton, also those that could not be had.
+        rows: what each kernel needs.
+        failures: what is not as it must be, in words.
+    """
+
+    versions: list[Version]
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def reference_plan(kernel: Kernel) -> tuple[int, int]:
@@ -226,21 +237,23 @@ def _site_table(proof: Proof) -> str:
 _TRITON_ORDER = ("block", "grid, on chip", "grid, from L2", "stepwise")
 
 
-def _triton(proof: Proof) -> Iterator[str]:
-    names = sorted({r["triton"] for r in proof.triton_rows})
+def _triton(proof: TritonProof) -> Iterator[str]:
+    names = sorted({r["triton"] for r in proof.rows})
     yield TRITON.format(
+        title=TRITON_TITLE,
+        holds=_holds(proof.failures),
         versions=" and ".join(f"Triton {name}" for name in names),
         targets=", ".join(f"sm_{a}" for a in triton_proof.ARCHITECTURES),
-        count=len(proof.triton_rows),
-        stacked=sum(r["stack"] > 0 for r in proof.triton_rows),
+        count=len(proof.rows),
+        stacked=sum(r["stack"] > 0 for r in proof.rows),
         sizes=", ".join(map(str, sorted(triton_proof.SIZES))),
-        absent="".join(f"\n  Triton {v.name} could not be had: {v.why}." for v in proof.triton if v.why),
+        absent="".join(f"\n  Triton {v.name} could not be had: {v.why}." for v in proof.versions if v.why),
     )
     architectures = " / ".join(map(str, triton_proof.ARCHITECTURES))
     dates = gpu_dates()
     for kind in _TRITON_ORDER:
         rows = []
-        of_kind = [r for r in proof.triton_rows if r["kind"] == kind]
+        of_kind = [r for r in proof.rows if r["kind"] == kind]
         for kernel, cell, dtype in dict.fromkeys((r["kernel"], r["cell"], r["dtype"]) for r in of_kind):
             found = [r for r in of_kind if (r["kernel"], r["cell"], r["dtype"]) == (kernel, cell, dtype)]
             registers = [
@@ -268,12 +281,23 @@ def _triton(proof: Proof) -> Iterator[str]:
         yield _table([*head, "stack", "shared memory", "plans", "run on a GPU"], sorted(rows)) + "\n"
 
 
-def text(proof: Proof) -> str:
-    """The whole document."""
+def _holds(failures: list[str]) -> str:
+    lines = "".join(f"- {failure.splitlines()[0]}\n" for failure in failures)
+    return f"**Not all of it holds:**\n\n{lines}" if failures else "All of it holds."
+
+
+def text(cuda: Proof | None, triton: TritonProof | None, before: str = "") -> str:
+    """The whole document. Of the kernels that nothing is given of, what was said ``before`` is kept."""
+    first, title, last = before.partition(TRITON_TITLE)
+    if cuda:
+        first = "\n".join(_cuda(cuda)) + "\n"
+    return first + ("\n".join(_triton(triton)) if triton else title + last)
+
+
+def _cuda(proof: Proof) -> Iterator[str]:
     caught, mutants = sum(map(bool, proof.verdicts.values())), len(proof.verdicts)
-    failures = "".join(f"- {failure.splitlines()[0]}\n" for failure in proof.failures)
-    introduction = INTRODUCTION.format(
-        holds=f"**Not all of it holds:**\n\n{failures}" if failures else "All of it holds.\n",
+    yield INTRODUCTION.format(
+        holds=_holds(proof.failures),
         compiler=proof.compiler,
         targets=", ".join(f"sm_{a}" for a in proof.architectures),
         kernels=len({(r.name, r.kernel) for r in proof.resources}),
@@ -287,5 +311,6 @@ def text(proof: Proof) -> str:
         mutants=mutants,
         percent=f"{100 * caught / max(mutants, 1):.4g}",
     )
-    kernels = [introduction, _site_table(proof), "\n## Kernels\n", *_kernel_tables(proof)]
-    return "\n".join([*kernels, *_triton(proof)])
+    yield _site_table(proof)
+    yield "\n## Kernels\n"
+    yield from _kernel_tables(proof)
