@@ -27,6 +27,7 @@ _BOUNDS = (255, 0, 224, 192)
 # gates must fit its registers, since only aligned sizes are copied past them.
 _READ_BYTES = 64
 _ALIGNED = 16  # what sizes are divisible by that Triton takes to be aligned
+_SINGLE_WARPS = 4  # at least, to share loads of single elements, each of which takes a register
 _RESERVED = 12 << 10  # bytes of shared memory for operands and for changes of layout
 _NEAR = 4.0  # a plan that the model expects to take longer, relative to the best, is not worth trying
 
@@ -310,7 +311,10 @@ def _over_grid(p: Problem, device: Device, units: int) -> Plan | str:
     # Products without tensor cores take longer than their loads, and each load of a single element that is
     # under way would need an address in registers.
     stages = 4 if p.tensor_cores and p.H % _ALIGNED == 0 else 1
-    plan = Plan("grid", 0, slices, chunks, rows, units, block_k, stages, units // _WARP_UNITS, registers)
+    warps = units // _WARP_UNITS
+    if p.H % _ALIGNED:
+        warps = max(warps, _SINGLE_WARPS)
+    plan = Plan("grid", 0, slices, chunks, rows, units, block_k, stages, warps, registers)
     return plan._replace(at_once=min(plan.groups(p), device.multiprocessors // slices))
 
 
@@ -324,7 +328,7 @@ def _why_not_held(p: Problem, device: Device, units: int) -> str:
     """Why the weights of so many units cannot stay on chip; empty if they can."""
     if not p.tensor_cores:
         return "ieee fp32 products are not unrolled over all of K"
-    if p.H % _ALIGNED and (p.element_bytes == 4 or (units > 16 and not p.backward)):
+    if p.H % _ALIGNED and (p.element_bytes == 4 or units > 16):
         return f"H={p.H} is no multiple of {_ALIGNED}: loads of single elements would fill the registers"
     if p.H > _MOST_HELD:
         return f"H={p.H} is above the {_MOST_HELD} units of K that products are unrolled for"
