@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -52,7 +53,9 @@ PLANS = {
     "stepwise": None,
 }
 H200 = Device(multiprocessors=132, shared_bytes=227 << 10)
-EXAMPLE = Path(__file__).parents[1] / "examples" / "minimal_gated_unit.py"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "minimal_gated_unit.py"
+PAGE = ROOT / "docs" / "writing_a_cell.md"
 
 
 @pytest.fixture(autouse=True)
@@ -560,6 +563,23 @@ def test_what_is_compiled_first_is_traced_without_the_kernels():
 
 
 # A cell of one's own
+
+
+def test_the_page_about_writing_a_cell(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(code) == 5
+    program = tmp_path / "mgu.py"  # Triton reads the source of its functions
+    program.write_text("\n".join([*code, "print(layer)\n"]))
+    environment = {k: v for k, v in os.environ.items() if k not in ("FUSEDRNN_BACKEND", "FUSEDRNN_SCHEDULE")}
+    done = subprocess.run(
+        [sys.executable, program],
+        env=environment | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "Layer('mgu', 4, 20)\n"
 
 
 @pytest.mark.parametrize("plan", PLANS)
