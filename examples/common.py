@@ -98,3 +98,8 @@ def plot_learning(
 
 def _colours(count: int) -> list[str]:
     return [OURS, QUIET, *plt.rcParams["axes.prop_cycle"].by_key()["color"]][:count]
+
+
+def part_of(path: Path | None, name: str) -> Path | None:
+    """The checkpoint of one model of several: ``run.pt`` of a teacher is ``run-teacher.pt``."""
+    return path and path.with_stem(f"{path.stem}-{name}")
