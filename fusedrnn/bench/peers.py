@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -170,18 +171,42 @@ def _haste(cell: Cell, shape: Shape, trio: Trio, mode: str) -> Results:
 
 
 def _torchrl(cell: Cell, shape: Shape, trio: Trio, mode: str) -> Results:
-    """Its drop-ins for ``torch.nn``: the layer as TorchRL writes it in Python."""
-    _plain(shape)
+    """Its modules for agents, which know where episodes begin: by its Triton kernels where there is a GPU."""
+    _plain(replace(shape, resets=0.0))
     if cell.name not in ("LSTM", "GRU"):
         raise Unserved("it has LSTM and GRU")
+    from tensordict import TensorDict
     from torchrl import modules
 
-    layer = getattr(modules, cell.name)(shape.I, shape.H, batch_first=True).to(trio.inputs.x)
-    layer.load_state_dict(trio.builtin.state_dict())
     inputs = trio.inputs
-    state: Any = tuple(inputs.state) if cell.states > 1 else inputs.state[0]
-    sources = [inputs.x, *layer.parameters()]
-    return _timed_as(mode, lambda: layer(inputs.x.transpose(0, 1), state)[0].transpose(0, 1), inputs, sources)
+    x, state = inputs.x, inputs.state
+    layer = getattr(nn, cell.name)(shape.I, shape.H, batch_first=True).to(x)
+    layer.load_state_dict(trio.builtin.state_dict())
+    names = ("h", "c")[: cell.states]
+    try:
+        module = getattr(modules, f"{cell.name}Module")(
+            **{cell.name.lower(): layer},
+            in_keys=["x", *names],
+            out_keys=["y", *(("next", name) for name in names)],
+            default_recurrent_mode=True,
+            recurrent_backend="triton" if x.is_cuda else "pad",
+            recurrent_compute_dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32,
+        )
+    except TypeError:
+        raise Unserved("its version has no kernels of its own") from None
+    starts = x.new_zeros(shape.T, shape.B, 1, dtype=torch.bool)
+    if inputs.reset is not None:
+        starts = inputs.reset[..., None]
+    given = {"is_init": starts.transpose(0, 1)}  # [B, T, 1]
+    for name, s in zip(names, state, strict=True):
+        given[name] = s.new_zeros(shape.B, shape.T, 1, shape.H)  # a state for each step, where one may begin
+        given[name][:, 0] = s.detach().transpose(0, 1) * ~starts[0, :, None]
+
+    def forward() -> Tensor:
+        call = TensorDict({"x": inputs.x.transpose(0, 1), **given}, [shape.B, shape.T])
+        return module(call)["y"].transpose(0, 1)
+
+    return _timed_as(mode, forward, inputs, [inputs.x, *layer.parameters()])
 
 
 def _flashrnn(cell: Cell, shape: Shape, trio: Trio, mode: str) -> Results:
