@@ -17,9 +17,9 @@ import fusedrnn
 from fusedrnn import env, functional
 
 from .features import declared
+from .problems import BACKENDS
 
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all tests, also those that -k leaves out
-BACKENDS = ("reference", "torch", "cpu", "emulator")
 
 
 def pytest_configure(config: pytest.Config) -> None:

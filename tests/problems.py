@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,15 @@ SHAPES = (
     Shape(2, 40, 3, 129),
 )
 KERNELS = ("cpu", "emulator")  # the backends that run kernels of this package on CPU tensors
+BACKENDS = ("reference", "torch", *KERNELS)
 DIRECTIONS = ([False], [True], [False, True])
+
+
+def served(
+    names: Sequence[str], by_triton: Sequence[str], backends: Sequence[str] = BACKENDS
+) -> list[tuple[str, str]]:
+    """Parameters of a test: every name by every backend, some by triton, whose interpreter takes its time."""
+    return [*product(names, backends), *product(by_triton, ["triton"])]
 
 
 @dataclass

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 
+from .problems import served
+
 LAYERS = ("LSTM", "GRU", "RNN")
 F64 = torch.float64
 # The same sums of some ten terms, grouped otherwise: fp64 roundings of 1.1e-16 through some dozen steps.
@@ -78,6 +80,14 @@ def test_equals_packing(
     x = torch.randn((4, 6, 3) if batch_first else (6, 4, 3), dtype=F64)
     hx = random_state(name, 4 if bidirectional else 2, 4, 5)
     assert_equal(ours, theirs, x, torch.tensor(lengths), hx)
+
+
+@pytest.mark.feature("lengths")
+@pytest.mark.parametrize(("name", "backend"), served([], LAYERS), indirect=["backend"])
+def test_equals_packing_by_triton(backend: str, name: str) -> None:
+    ours, theirs = twins(name, 3, 5, bidirectional=name == "RNN")
+    hx = random_state(name, 2 if name == "RNN" else 1, 3, 5)
+    assert_equal(ours, theirs, torch.randn(3, 3, 3, dtype=F64), torch.tensor([2, 0, 3]), hx)
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)

@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 
+from .problems import served
+
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 
@@ -425,7 +427,9 @@ class Symmetric(nn.Module):
 
 
 @pytest.mark.feature("pruning", nn="yes")
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize(
+    ("name", "backend"), served(LAYERS + CELLS, ["RNN", "GRUCell"]), indirect=["backend"]
+)
 def test_parametrization_and_pruning(backend: str, twins: Callable, assert_same: Callable, name: str) -> None:
     args, kwargs, x, hx = one_layer(name, given_state=True)
     pair = twins(name, *args, **kwargs)
@@ -457,7 +461,9 @@ def test_a_parametrization_is_computed_once(backend: str) -> None:
 
 
 @pytest.mark.feature("weight drop", nn="yes")
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize(
+    ("name", "backend"), served(LAYERS + CELLS, ["RNN", "GRUCell"]), indirect=["backend"]
+)
 def test_weight_drop(backend: str, twins: Callable, assert_same: Callable, name: str) -> None:
     """A parameter deleted and replaced by a tensor with a history: its gradient reaches the raw parameter."""
     args, kwargs, x, hx = one_layer(name, given_state=True)
@@ -545,7 +551,9 @@ def test_dropout_modes(backend: str, twins: Callable, assert_same: Callable, nam
 
 
 @pytest.mark.feature("inference mode", nn="yes")
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize(
+    ("name", "backend"), served(LAYERS + CELLS, ["RNN", "GRUCell"]), indirect=["backend"]
+)
 def test_inference_mode(backend: str, twins: Callable, flat: Callable, name: str) -> None:
     args, kwargs, x, hx = one_layer(name, given_state=True)
     ours, theirs = twins(name, *args, **kwargs)
@@ -556,7 +564,9 @@ def test_inference_mode(backend: str, twins: Callable, flat: Callable, name: str
 
 
 @pytest.mark.feature("hooks", nn="yes")
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize(
+    ("name", "backend"), served(LAYERS + CELLS, ["RNN", "GRUCell"]), indirect=["backend"]
+)
 def test_hooks(backend: str, twins: Callable, name: str) -> None:
     args, kwargs, x, _ = one_layer(name)
     seen: list[list[Any]] = []

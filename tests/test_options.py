@@ -544,20 +544,20 @@ SERVED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("recurrent_dropout", "GRU", {"recurrent_dropout": 0.3}, ["reference"]),
     ("zoneout", "LSTM", {"zoneout": (0.3, 0.2)}, ["reference"]),
     ("layer_norm", "LSTM", {"layer_norm": True}, ["reference"]),
-    ("forget_bias", "LSTM", {"forget_bias": 1.0}, ["cpu", "emulator", "torch", "reference"]),
-    ("num_heads", "LSTM", {"num_heads": 2}, ["cpu", "emulator", "reference"]),
-    ("residual", "GRU", {"residual": True}, ["cpu", "emulator", "torch", "reference"]),
+    ("forget_bias", "LSTM", {"forget_bias": 1.0}, ["cpu", "emulator", "triton", "torch", "reference"]),
+    ("num_heads", "LSTM", {"num_heads": 2}, ["cpu", "emulator", "triton", "reference"]),
+    ("residual", "GRU", {"residual": True}, ["cpu", "emulator", "triton", "torch", "reference"]),
     (
         "variational_dropout",
         "RNN",
         {"variational_dropout": True, "dropout": 0.3},
-        ["cpu", "emulator", "torch", "reference"],
+        ["cpu", "emulator", "triton", "torch", "reference"],
     ),
     (
         "learn_initial_state",
         "LSTM",
         {"learn_initial_state": True},
-        ["cpu", "emulator", "torch", "reference"],
+        ["cpu", "emulator", "triton", "torch", "reference"],
     ),
 ]
 

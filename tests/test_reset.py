@@ -14,6 +14,7 @@ import fusedrnn
 from fusedrnn import functional
 
 from . import loops
+from .problems import served
 
 LAYERS = ("LSTM", "GRU", "RNN")
 F64 = torch.float64
@@ -101,7 +102,7 @@ def test_equals_a_loop(
 
 
 @pytest.mark.feature("reset")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "backend"), served(LAYERS, LAYERS), indirect=["backend"])
 def test_on_every_backend(backend: str, name: str) -> None:
     module = getattr(fusedrnn, name)(3, 4, bidirectional=True, dtype=F64)
     reset, x = torch.tensor(RESETS["some"]).bool(), torch.randn(5, 3, 3, dtype=F64)

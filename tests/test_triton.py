@@ -229,6 +229,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fusedrnn_triton.sequence_forward, args)
 
 
+@pytest.mark.feature("torch.compile", backends=["triton"])
 def test_compiles_to_one_graph():
     layer = fusedrnn.GRU(3, 4)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
