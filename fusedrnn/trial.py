@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 MODES = ("inference", "training")
@@ -19,7 +20,7 @@ class Shape:
     """Sizes of one call, as in the dims legend.
 
     Packed: the lengths fall evenly from T to about T/B. T=1: streaming, a step a call. Resets: the share of
-    steps at which a sequence starts anew, from zeros.
+    steps at which a sequence starts anew, from zeros. Heads: blocks on the diagonal of W_hh.
     """
 
     T: int
@@ -31,10 +32,12 @@ class Shape:
     bidirectional: bool = False
     P: int = 0
     resets: float = 0.0
+    heads: int = 1
 
     def __str__(self) -> str:
         words = [f"T{self.T} B{self.B} I{self.I} H{self.H}"]
         words += [f"P{self.P}"] if self.P else []
+        words += [f"{self.heads} heads"] if self.heads > 1 else []
         words += [f"L{self.layers}"] if self.layers > 1 else []
         words += ["both ways"] if self.bidirectional else []
         words += [f"resets {self.resets:.0%}"] if self.resets else []
@@ -64,6 +67,11 @@ class Shape:
     def batch_sizes(self) -> Tensor:
         """How many sequences are alive at each step, int64 [T]."""
         return torch.tensor([sum(length > t for length in self.lengths) for t in range(self.T)])
+
+    @property
+    def recurrent(self) -> int:
+        """Features of h that a unit sees."""
+        return (self.P or self.H) // self.heads
 
     @property
     def output(self) -> int:
@@ -96,13 +104,40 @@ class Cell:
         """The cell's name in the registry."""
         return f"rnn_{self.nonlinearity or 'tanh'}" if self.name == "RNN" else self.name.lower()
 
-    def layer(self, package: Any, shape: Shape) -> torch.nn.RNNBase:
+    def layer(self, package: Any, shape: Shape) -> Any:
         options: dict[str, Any] = {"num_layers": shape.layers, "bidirectional": shape.bidirectional}
         if self.nonlinearity:
             options["nonlinearity"] = self.nonlinearity
         if shape.P:
             options["proj_size"] = shape.P
+        if shape.heads > 1 and package is torch.nn:
+            return BlockDiagonal(self.layer(package, replace(shape, heads=1)), shape.heads)
+        if shape.heads > 1:
+            options["num_heads"] = shape.heads
         return getattr(package, self.name)(shape.I, shape.H, **options)
+
+
+class BlockDiagonal(torch.nn.Module):
+    """What a user of ``torch.nn`` writes for heads: the layer with zeros outside the blocks of its W_hh.
+
+    Its parameters are those of ``fusedrnn`` with ``num_heads``: W_hh is ``[G*H, H/heads]``.
+    """
+
+    def __init__(self, layer: torch.nn.RNNBase, heads: int) -> None:
+        super().__init__()
+        self._heads, self._layer = heads, [layer]  # in a list: its parameters are not the module's
+        for name, p in layer.named_parameters():
+            own = p.detach()[:, : layer.hidden_size // heads] if "weight_hh" in name else p.detach()
+            self.register_parameter(name, torch.nn.Parameter(own.clone()))
+
+    def forward(self, x: Any, state: Any) -> tuple[Any, Any]:
+        weights: dict[str, Tensor] = dict(self.named_parameters())
+        for name, w in weights.items():
+            if "weight_hh" in name:
+                H = w.size(1) * self._heads
+                gates = [torch.block_diag(*gate.chunk(self._heads)) for gate in w.split(H)]
+                weights[name] = torch.cat(gates)
+        return functional_call(self._layer[0], weights, (x, state))
 
 
 CELLS = (Cell("LSTM", 4), Cell("GRU", 3), Cell("RNN", 1))
@@ -111,7 +146,7 @@ CELL_BY_NAME = {"lstm": CELLS[0], "gru": CELLS[1], "rnn": CELLS[2], "rnn_relu": 
 
 def step_bytes(cell: Cell, shape: Shape, element: int) -> int:
     """Bytes of a recurrence's W_hh, which every step reads whole: what bounds a step with few rows."""
-    return cell.gates * shape.H * (shape.P or shape.H) * element
+    return cell.gates * shape.H * shape.recurrent * element
 
 
 def flop(cell: Cell, shape: Shape, mode: str) -> int:
@@ -120,9 +155,8 @@ def flop(cell: Cell, shape: Shape, mode: str) -> int:
     Forward: W_ih x, W_hh h and the projection. Backward: for each of them, the gradient of the operand and
     of the weight. Pointwise work and recomputed products do not count: one call counts the same for everyone.
     """
-    width = shape.P or shape.H
     forward = sum(
-        2 * shape.rows * shape.directions * shape.H * (cell.gates * (features + width) + shape.P)
+        2 * shape.rows * shape.directions * shape.H * (cell.gates * (features + shape.recurrent) + shape.P)
         for features in shape.inputs_of_layers()
     )
     return forward if mode == "inference" else 3 * forward
@@ -169,9 +203,9 @@ def make_inputs(cell: Cell, shape: Shape, dtype: torch.dtype, device: torch.devi
 class Trio(NamedTuple):
     """The same layer three times: torch's, ours, and torch's in fp64, with the inputs of a call."""
 
-    builtin: torch.nn.RNNBase
+    builtin: Any
     ours: torch.nn.RNNBase
-    referee: torch.nn.RNNBase
+    referee: torch.nn.Module
     inputs: Inputs
 
 

@@ -117,7 +117,7 @@ def test_the_loops_train_the_same(cell):
 def test_a_peer_says_what_it_does_not_serve(name):
     shape = Shape(4, 2, 3, 5, packed=True)
     made = trial.make_trio(CELLS[0], shape, torch.float32, CPU, 0)
-    with pytest.raises(peers.Unserved, match="one layer in one direction, padded"):
+    with pytest.raises(peers.Unserved, match="one plain layer in one direction, padded"):
         peers.PEERS[name].make(CELLS[0], shape, made, "inference")
 
 
@@ -154,6 +154,17 @@ def test_resets_are_what_a_user_of_the_builtin_writes():
         assert made.inputs.reset.any()
         truth = trial.call(made.referee, made.inputs.to(torch.float64), "training")
         assert peers.check(trial.call(made.ours, made.inputs, "training"), truth, fp32) == ""
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_heads_are_zeros_of_the_builtin(cell):
+    shape, fp64 = Shape(6, 3, 4, 12, heads=3), torch.float64
+    made = trial.make_trio(cell, shape, fp64, CPU, 0)
+    ours, builtin = (trial.call(layer, made.inputs, "training") for layer in (made.ours, made.builtin))
+    assert ours["dweight_hh_l0"].shape == (cell.gates * 12, 4)
+    for name, result in ours.items():
+        torch.testing.assert_close(result, builtin[name], msg=name)
+    assert flop(cell, shape) == 2 * 6 * 3 * cell.gates * 12 * (4 + 4)
 
 
 def test_plots_of_series(tmp_path):

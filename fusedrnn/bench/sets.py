@@ -38,9 +38,10 @@ def _square(T: int, B: int, H: int) -> Shape:
 
 
 def _flashrnn() -> Iterator[Entry]:
-    """Pöppel, Beck, Hochreiter, 2024: one head of 768, then its sweeps of batch and length."""
+    """Pöppel, Beck, Hochreiter, 2024: one head of 768 and 12 of 64, then sweeps of batch and length."""
     shapes = [_square(1024, B, 768) for B in (16, 2, 8, 32, 64, 128, 256)]
     shapes += [_square(T, 16, 768) for T in (256, 512, 2048)]
+    shapes.insert(1, replace(shapes[0], heads=12))
     yield from (Entry(cell, shape) for shape in shapes for cell in (LSTM, GRU))
 
 
