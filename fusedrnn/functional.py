@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -145,20 +144,23 @@ def _run(
     if plan.backend == "torch":
         check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=mixed)
         return *builtin.sequence(cell, x, state, *weights, batch_sizes), []
-    run: Any = partial(ops.sequence, plan.backend) if plan.backend in KERNELS else reference.layer
     if onnx.exporting():
         variation, all_states = extras
         if all_states or variation.names():
             raise RuntimeError("ONNX has no recurrent operator with options of fusedrnn")
         return *onnx.sequence(cell, x, state, *weights, reverse, batch_sizes), []
     if not mixed:
-        return run(cell, x, state, *weights, reverse, batch_sizes, *extras)
+        return _serve(plan.backend, cell, x, state, *weights, reverse, batch_sizes, *extras)
     uncast = (x, state, *weights)
     args: Any = autocast.cast(cell, device, uncast, promote=promote)
     with torch.autocast(device, enabled=False):
-        y, final, states = run(cell, *args, reverse, batch_sizes, *extras)
+        y, final, states = _serve(plan.backend, cell, *args, reverse, batch_sizes, *extras)
     autocast.widen(cell, device, uncast, final)
     return y, final, states
+
+
+def _serve(backend: str, *call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return ops.sequence(backend, *call) if backend in KERNELS else reference.layer(*call)
 
 
 def _plan(
@@ -175,8 +177,48 @@ def _plan(
         raise RuntimeError(f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
     if not weights.hh or weights.hh[0].dim() != 2:
         raise RuntimeError("weights must have one tensor per recurrence, weight_hh [G*H, H]")
+    call = (cell, x, weights, reverse, batch_sizes, variation, all_states)
+    if torch.compiler.is_compiling() or type(x) is not Tensor or variation is not PLAIN:
+        return make_plan(_problem(*call), *_standing())  # sizes may be symbols
+    # A short call is over before a plan is made: what a problem is made of is quicker to compare.
+    key = (
+        cell.name,
+        x.shape,
+        x.dtype,
+        x.device,
+        weights.hh[0].shape,
+        weights.hr[0].shape if weights.hr else None,
+        tuple(reverse),
+        batch_sizes.shape if batch_sizes is not None else None,
+        all_states,
+        torch.is_grad_enabled(),
+        autocast.enabled(x.device.type),
+        _transforms(),
+        backend.forced(),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MANY:
+            _plans.clear()
+        plan = _plans[key] = make_plan(_problem(*call), *_standing())
+    return plan
+
+
+_plans: dict[tuple, Plan] = {}
+_MANY = 4096
+
+
+def _problem(
+    cell: Cell,
+    x: Tensor,
+    weights: Weights,
+    reverse: Sequence[bool],
+    batch_sizes: Tensor | None,
+    variation: Variation,
+    all_states: bool,
+) -> Problem:
     transformed, mapped = _transforms()
-    problem = Problem(
+    return Problem(
         cell=cell.name,
         device=x.device.type,
         dtype=x.dtype,
@@ -187,7 +229,7 @@ def _plan(
         P=weights.hr[0].shape[0] if weights.hr and weights.hr[0].dim() else 0,
         reverse=tuple(reverse),
         training=torch.is_grad_enabled(),
-        packed=packed,
+        packed=batch_sizes is not None,
         autocast=autocast.enabled(x.device.type),
         transformed=transformed,
         mapped=mapped,
@@ -197,7 +239,6 @@ def _plan(
         options=() if variation is PLAIN else variation.names(),
         all_states=all_states,
     )
-    return make_plan(problem, *_standing())
 
 
 def _standing() -> tuple[dict[str, str], str | None]:

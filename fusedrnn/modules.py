@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import compiler, functional, options, segments, stack
+from . import autocast, compiler, functional, options, segments, stack
 from .functional import Weights
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -58,18 +58,44 @@ class _Layers(RNNBase):
         reset_state: Any = None,
         return_all_states: bool = False,
     ) -> Any:
-        asked = _Asked(lengths, reset, reset_state, return_all_states)
+        asked = _NOTHING
+        if not (lengths is reset is reset_state is None and return_all_states is False):
+            asked = _Asked(lengths, reset, reset_state, return_all_states)
         if _traced():
-            if not asked.nothing() or self._options is not options.NONE:
+            if asked is not _NOTHING or self._options is not options.NONE:
                 raise RuntimeError("TorchScript cannot trace what torch.nn does not have")
             return super().forward(input, hx)
         weights = self._layer_weights()
+        if asked is _NOTHING and hx is not None and (results := self._continued(input, hx, weights)):
+            return results
         run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
         y, final, states = run(input, hx, weights, asked)
         results = y, tuple(final) if self._states > 1 else final[0]
         if not return_all_states:
             return results
         return *results, tuple(states) if self._states > 1 else states[0]
+
+    def _continued(self, input: Any, hx: Any, weights: list[Weights]) -> tuple | None:
+        """One layer that goes on from a state, as in a stream, where checks would take as long as the step.
+
+        The backend checks what it is given. Where it refuses, and for a call not as simple, the result
+        is None: torch's checks come first then, and its words.
+        """
+        if len(weights) > 1 or self._options is not options.NONE or type(input) is not Tensor:
+            return None
+        state = self._given_state(hx)
+        if not state or input.dim() != 3:
+            return None
+        if torch.compiler.is_compiling() or autocast.enabled(input.device.type):
+            return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        reverse = (False, True) if self.bidirectional else (False,)
+        run = functional.layer
+        try:
+            y, final, _ = run(_CELLS[self.mode], x, state, weights[0], reverse=reverse, batch_sizes=None)
+        except RuntimeError:
+            return None
+        return y.transpose(0, 1) if self.batch_first else y, tuple(final) if self._states > 1 else final[0]
 
     def _forward_padded(
         self, input: Tensor, hx: Any, weights: list[Weights], asked: _Asked
@@ -89,7 +115,7 @@ class _Layers(RNNBase):
             self._refuse(input, hx)
         if state and [s.shape for s in state] != self._state_shapes(B):
             self._refuse(input, hx)
-        if asked.nothing():
+        if asked is _NOTHING:
             y, final, states = self._run(x, state, weights, stack.Batch(B))
         else:
             y, final, states = self._run_asked(x, state, weights, rank, asked)
@@ -191,14 +217,17 @@ class _Layers(RNNBase):
     def _layer_weights(self) -> list[Weights]:
         # Read at every call, and once: a parametrization computes its tensor at each read, and weight_norm,
         # functional_call or weight drop may have put another tensor in the place of a parameter.
-        names, D = self._all_weights, 2 if self.bidirectional else 1
+        parameters = _read(self, self._flat_weights_names)
+        of_layer = len(parameters) // self.num_layers
+        of_direction = of_layer // 2 if self.bidirectional else of_layer
         layers = []
-        for first in range(0, len(names), D):
+        for first in range(0, len(parameters), of_layer):
             # weight_ih, weight_hh, with biases bias_ih and bias_hh, with a projection weight_hr
-            groups = list(zip(*[_read(self, group) for group in names[first : first + D]], strict=True))
-            hr = groups.pop() if self.proj_size else ()
-            bias_ih, bias_hh = groups[2:] or ((), ())
-            layers.append(Weights(groups[0], groups[1], bias_ih, bias_hh, hr))
+            last = first + of_layer
+            groups = [parameters[k:last:of_direction] for k in range(first, first + of_direction)]
+            hr: Any = groups.pop() if self.proj_size else ()
+            ih, hh, bias_ih, bias_hh = groups if len(groups) > 2 else (*groups, (), ())
+            layers.append(Weights(ih, hh, bias_ih, bias_hh, hr))
         return layers
 
     def _given_state(self, hx: Any, *, stacked: bool = False) -> list[Tensor] | None:
@@ -260,8 +289,8 @@ class _Asked(NamedTuple):
     reset_state: Any = None
     return_all_states: bool = False
 
-    def nothing(self) -> bool:
-        return self.lengths is self.reset is self.reset_state is None and not self.return_all_states
+
+_NOTHING = _Asked()
 
 
 class LSTM(_Layers, torch.nn.LSTM):

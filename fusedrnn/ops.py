@@ -50,9 +50,9 @@ def sequence(
         absent = [x.new_empty(0)] * len(reverse)
         bias_ih, bias_hh, weight_hr = bias_ih or absent, bias_hh or absent, weight_hr or absent
     groups = (state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    if x.shape[-1:] != weight_ih[0].shape[-1:]:  # the op would take several inputs in one
+    if x.size(-1) != weight_ih[0].size(-1):  # the op would take several inputs in one
         check(cell, x, *groups, reverse, batch_sizes)
-    tensors = [list(group) for group in groups]
+    tensors = [group if type(group) is list else list(group) for group in groups]
     args = (cell.id, x, *tensors, list(reverse), batch_sizes, backend != "cpu" and _tf32_allowed(x))
     if variation.peephole:
         args = (PEEPHOLE.id, *args[1:], [p.to(x.dtype) for p in variation.peephole])

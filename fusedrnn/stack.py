@@ -90,6 +90,11 @@ def run(
         zeros = x.new_zeros(D, batch.B, stack.hidden)
         h = x.new_zeros(D, batch.B, stack.projection) if stack.projection else zeros
         initial = [[h, *[zeros] * (stack.states - 1)]] * layers
+    if layers == 1 and stack.options.plain and not (batch.cuts or all_states):
+        run = functional.layer
+        weights, sizes = stack.layers[0], batch.batch_sizes
+        y, final, _ = run(stack.cell, x, initial[0], weights, reverse=stack.reverse, batch_sizes=sizes)
+        return Outcome(y, final, [])
     resets = _by_layer(batch.reset_state, layers, D) if batch.reset_state else [[]] * layers
     batch_first = not x.is_contiguous()
     if batch.cuts:

@@ -57,7 +57,7 @@ def _shown_where_it_is_said(
     if not said or (os.environ.get(env.BACKEND) and "free_choice" not in request.fixturenames):
         yield
         return
-    served, make_plan = set(), functional.make_plan
+    served, make_plan = set(), functional._plan
 
     def spy(*args: Any) -> Any:
         plan = make_plan(*args)
@@ -65,7 +65,7 @@ def _shown_where_it_is_said(
             served.add(plan.backend)
         return plan
 
-    monkeypatch.setattr(functional, "make_plan", spy)
+    monkeypatch.setattr(functional, "_plan", spy)
     yield
     assert said <= served, f"marked as shown on {sorted(said)}, served by {sorted(served)}"
 
