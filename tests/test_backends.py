@@ -57,8 +57,9 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"training": False}, "cpu"),
         ({"training": False, "dtype": torch.bfloat16}, "cpu"),
         ({"training": False, "reverse": (True,)}, "cpu"),
-        ({"T": 1, "B": 9}, "torch"),  # one step does not repay packing the weights
-        ({"T": 1, "B": 8}, "cpu"),
+        ({"training": False, "T": 1, "B": 9}, "torch"),  # one step does not repay packing the weights
+        ({"training": False, "T": 1, "B": 8}, "cpu"),
+        ({"T": 1, "B": 8}, "torch"),  # nor what is recorded for backward
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
         ({"transformed": True}, "reference"),
