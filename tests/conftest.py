@@ -76,9 +76,12 @@ def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.BACKEND, raising=False)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[env.backend()] if env.backend() else BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each backend forced. One that is not available is an error, not a skip."""
+    """Runs the test once with each backend forced, or with the one that the environment forces.
+
+    One that is not available is an error, not a skip.
+    """
     with fusedrnn.use_backend(request.param):
         yield request.param
 
