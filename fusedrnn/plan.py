@@ -140,5 +140,7 @@ def _builtin_is_faster(problem: Problem) -> bool:
         return False
     if problem.packed or problem.autocast:  # under autocast the built-in has no fp16 LSTM on most CPUs
         return False
+    if problem.P:  # which the built-in warns of, and runs slowly
+        return False
     # A step repays neither packing the weights nor what is recorded for backward.
     return problem.T == 1 and (problem.B > _UNPACKED_ROWS or problem.training)

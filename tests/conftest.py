@@ -76,6 +76,16 @@ def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.BACKEND, raising=False)
 
 
+@pytest.fixture
+def kernels_for_steps() -> Iterator[None]:
+    """The CPU kernels also serve the single steps that the planner leaves to the built-in."""
+    if env.backend():
+        yield
+        return
+    with fusedrnn.use_backend("cpu"):
+        yield
+
+
 @pytest.fixture(params=[env.backend()] if env.backend() else BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with each backend forced, or with the one that the environment forces.

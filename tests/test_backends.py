@@ -62,6 +62,7 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"T": 1, "B": 8}, "torch"),  # nor what is recorded for backward
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
+        ({"T": 1, "P": 64}, "cpu"),
         ({"transformed": True}, "reference"),
     ],
     ids=str,

@@ -106,6 +106,7 @@ def test_the_builtin_is_refused_as_before() -> None:
 
 @pytest.mark.feature("torch.compile")
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_a_loop_over_a_cell(name: str, flat: Callable) -> None:
     cell = getattr(fusedrnn, name)(11, 6)
 

@@ -84,6 +84,7 @@ def test_export_for_inference() -> None:
 
 @pytest.mark.feature("torch.export")
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_export_of_a_cell(name: str, flat: Callable) -> None:
     cell = getattr(fusedrnn, name)(7, 6)
     program = export(cell, (torch.randn(3, 7),), dynamic_shapes=({0: Dim("batch")},)).module()
@@ -210,6 +211,7 @@ def test_torch_nn_is_exported_for_one_length(tmp_path: Any) -> None:
 
 
 @pytest.mark.feature("ONNX")
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_onnx_of_a_cell(tmp_path: Any) -> None:
     cell, path = fusedrnn.GRUCell(7, 6), str(tmp_path / "model.onnx")
     session = onnx_program(cell, (torch.randn(3, 7), torch.randn(3, 6)), ({0: DYNAMIC[0]},) * 2, path)

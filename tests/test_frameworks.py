@@ -127,6 +127,7 @@ def test_saved_tensor_hooks(name: str, backend: str, twins: Callable, flat: Call
 @pytest.mark.feature("spectral and weight norm", nn="yes")
 @pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm", "orthogonal"])
 @pytest.mark.parametrize("name", [*NAMES, *CELLS])
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_parametrizations(name: str, norm: str, twins: Callable, flat: Callable) -> None:
     """A parametrized weight is trained as torch.nn trains it."""
     weight = "weight_hh" if name in CELLS else "weight_hh_l0"
@@ -150,6 +151,7 @@ def test_parametrizations(name: str, norm: str, twins: Callable, flat: Callable)
 
 @pytest.mark.feature("checkpoints", nn="yes")
 @pytest.mark.parametrize("name", [*NAMES, *CELLS])
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_checkpoints_of_one_are_those_of_the_other(name: str, twins: Callable, assert_same: Callable) -> None:
     """A state_dict saved of either loads into the other, with the state of its optimizer."""
     options = {} if name in CELLS else {"num_layers": 2, "bidirectional": True}
@@ -180,6 +182,7 @@ def test_checkpoints_of_one_are_those_of_the_other(name: str, twins: Callable, a
 
 @pytest.mark.feature("copies", nn="yes")
 @pytest.mark.parametrize("name", [*NAMES, *CELLS])
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_copies(name: str, assert_same: Callable) -> None:
     module = getattr(fusedrnn, name)(3, 4, dtype=F64)
     x = sample(name)
@@ -201,6 +204,7 @@ def test_copies(name: str, assert_same: Callable) -> None:
 
 @pytest.mark.feature("meta device", nn="yes")
 @pytest.mark.parametrize("name", [*NAMES, *CELLS])
+@pytest.mark.usefixtures("kernels_for_steps")
 def test_made_without_memory(name: str, assert_same: Callable) -> None:
     """On the meta device, then given memory; and ``skip_init``, which torch.nn has for its cells alone."""
     theirs = getattr(nn, name)(3, 4, dtype=F64)
