@@ -70,7 +70,7 @@ def figure(path: Path, width: float = 7, height: float = 3.2) -> Iterator[Figure
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(path, format="png", dpi=110)
+        drawn.savefig(path, format="png", dpi=90)
     finally:
         plt.close(drawn)
     print(f"plot: {path}")
@@ -97,7 +97,7 @@ def plot_learning(
 
 
 def _colours(count: int) -> list[str]:
-    return [OURS, QUIET, *plt.rcParams["axes.prop_cycle"].by_key()["color"]][:count]
+    return [OURS, QUIET, "#e09f3e", *plt.rcParams["axes.prop_cycle"].by_key()["color"]][:count]
 
 
 def part_of(path: Path | None, name: str) -> Path | None:

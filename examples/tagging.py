@@ -72,7 +72,7 @@ def main(
     hidden: Annotated[int, typer.Option(min=1, help="Units of each direction.")] = 64,
     bidirectional: Annotated[bool, typer.Option(help="Whether to read backwards as well.")] = True,
     size: Annotated[int, typer.Option(min=0, help="At most so many lines; 0 for all.")] = 5000,
-    epochs: common.Epochs = 5,
+    epochs: common.Epochs = 3,
     data: common.Data = None,
     backend: common.Backend = "auto",
     seed: common.Seed = 0,

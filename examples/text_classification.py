@@ -128,8 +128,8 @@ def main(
                 if teacher is None:
                     return hard
                 wanted = (teacher[rows] / temperature).softmax(1)
-                soft = F.cross_entropy(given / temperature, wanted) * temperature**2
-                return 0.2 * hard + 0.8 * soft
+                soft = F.kl_div((given / temperature).log_softmax(1), wanted, reduction="batchmean")
+                return 0.2 * hard + 0.8 * temperature**2 * soft
 
             def accuracy() -> float:
                 places = torch.arange(len(test.labels), device=place)

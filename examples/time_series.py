@@ -171,7 +171,7 @@ def draw(
 ) -> None:
     """The test part, and on it the forecasts that follow each other without overlap."""
     horizon = next(iter(forecasts.values())).size(1)
-    with common.figure(path, 8, 3.4) as drawn:
+    with common.figure(path, 7.5, 3.2) as drawn:
         axes = drawn.subplots()
         axes.plot(range(len(truth)), truth, color="black", linewidth=1, label="what came")
         for (name, forecast), style in zip(forecasts.items(), ("-", "--", ":"), strict=True):
