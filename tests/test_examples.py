@@ -154,9 +154,9 @@ def test_text_classification_without_the_kernels_is_the_same(plot):
 
 
 def test_a_student_learns_from_a_teacher(plot):
-    results = text_classification.main(**NAMES, epochs=2, distil=True, student_hidden=16, plot=plot)
-    teacher, alone, student = results.values()
-    assert student.parameters == alone.parameters < teacher.parameters / 3
+    options = {"size": 1000, "hidden": 24, "student_hidden": 12, "distil": True, "plot": plot}
+    teacher, alone, student = text_classification.main(**options, epochs=3).values()
+    assert student.parameters == alone.parameters < teacher.parameters / 2
     # The same start and batches, another loss: that of the soft labels.
     assert student.history.loss != alone.history.loss
     assert student.accuracy > 0.2  # the most frequent label has less, as above
@@ -208,7 +208,7 @@ def test_tagging(few_modules, plot, capsys):
 
 def test_tagging_without_the_kernels_is_the_same(few_modules, plot):
     runs = [
-        tagging.main(size=300, hidden=16, epochs=1, backend=backend, plot=plot)
+        tagging.main(size=100, hidden=8, epochs=1, backend=backend, plot=plot)
         for backend in ("cpu", "torch")
     ]
     alike(runs[0][0], runs[1][0])
@@ -219,11 +219,11 @@ def test_tagging_without_the_kernels_is_the_same(few_modules, plot):
 
 
 def test_time_series(plot, capsys):
-    result = time_series.main(epochs=25, plot=plot)
+    result = time_series.main(epochs=15, plot=plot)
     assert capsys.readouterr().out.startswith(
         "data: CO2 above Mauna Loa, monthly, ppm (statsmodels); 526 values"
     )
-    assert result.errors["GRU"] < 0.7 * result.errors["seasonal naive"] < 0.7 * result.errors["naive"]
+    assert result.errors["GRU"] < 0.8 * result.errors["seasonal naive"] < 0.8 * result.errors["naive"]
 
 
 def test_a_resumed_run_is_the_run_itself(tmp_path, plot):
