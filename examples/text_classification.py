@@ -107,9 +107,8 @@ def main(
         rows, groups = read(data) if data else cldr_names()
         training, test, alphabet, names = split(rows, groups, size, place)
         where = str(data) if data else "names in the Unicode CLDR, which Babel carries"
-        print(
-            f"data: {where}; {len(training.labels)} to train, {len(test.labels)} held out, {len(names)} labels"
-        )
+        sizes = f"{len(training.labels)} to train, {len(test.labels)} held out, {len(names)} labels"
+        print(f"data: {where}; {sizes}")
         baseline = test.labels.bincount().max().item() / len(test.labels)
         results: dict[str, Result] = {}
 

@@ -107,6 +107,14 @@ def test_sequence_transform(plot):
     assert loop.loss == pytest.approx(layer.loss, rel=1e-4)
 
 
+def test_several_models_of_a_recipe_have_a_checkpoint_each(tmp_path, plot):
+    whole = sequence_transform.main(epochs=4, plot=plot)
+    sequence_transform.main(epochs=2, checkpoint=tmp_path / "run.pt", plot=plot)
+    names = sorted(path.name for path in tmp_path.glob("*.pt"))
+    assert names == ["run-CellLoop.pt", "run-EmbeddedLayer.pt", "run-Layer.pt"]
+    assert sequence_transform.main(epochs=4, checkpoint=tmp_path / "run.pt", resume=True, plot=plot) == whole
+
+
 def test_sequence_transform_on_the_command_line(plot):
     command = [sys.executable, "-m", "examples.sequence_transform", "--epochs", "2", "--plot", str(plot)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -151,6 +159,10 @@ def test_text_classification_without_the_kernels_is_the_same(plot):
         for backend in ("cpu", "torch")
     ]
     alike(runs[0].history, runs[1].history)
+    mixed = text_classification.main(**NAMES | {"size": 400}, epochs=1, bf16=True, plot=plot)["classifier"]
+    assert mixed.history.loss != runs[0].history.loss
+    # Products of bfloat16, of 8 bits, move a loss of some steps by less than a few of its roundings.
+    assert mixed.history.loss == pytest.approx(runs[0].history.loss, rel=4 * 2**-8)
 
 
 def test_a_student_learns_from_a_teacher(plot):
@@ -208,8 +220,7 @@ def test_tagging(few_modules, plot, capsys):
 
 def test_tagging_without_the_kernels_is_the_same(few_modules, plot):
     runs = [
-        tagging.main(size=100, hidden=8, epochs=1, backend=backend, plot=plot)
-        for backend in ("cpu", "torch")
+        tagging.main(size=100, hidden=8, epochs=1, backend=backend, plot=plot) for backend in ("cpu", "torch")
     ]
     alike(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
