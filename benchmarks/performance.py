@@ -76,7 +76,9 @@ def _table(path: Path, results: dict[str, Any]) -> Iterator[str]:
 def _shape(sizes: dict[str, Any]) -> str:
     words = [f"{name}{sizes[name]}" for name in "TBIH"]
     words += [f"L{sizes['layers']}"] if sizes.get("layers", 1) > 1 else []
+    words += [f"{sizes['heads']} heads"] if sizes.get("heads", 1) > 1 else []
     words += ["both ways"] if sizes.get("bidirectional") else []
+    words += [f"resets {sizes['resets']:.0%}"] if sizes.get("resets") else []
     return " ".join(words + ["packed"] * sizes["packed"])
 
 
