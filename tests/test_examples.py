@@ -107,6 +107,12 @@ def test_sequence_transform(plot):
     assert loop.loss == pytest.approx(layer.loss, rel=1e-4)
 
 
+def test_sequence_transform_without_the_kernels_is_the_same(plot):
+    runs = [sequence_transform.main(epochs=3, backend=backend, plot=plot) for backend in ("cpu", "torch")]
+    for name, (history, _) in runs[0].items():
+        alike(history, runs[1][name][0])
+
+
 def test_several_models_of_a_recipe_have_a_checkpoint_each(tmp_path, plot):
     whole = sequence_transform.main(epochs=4, plot=plot)
     sequence_transform.main(epochs=2, checkpoint=tmp_path / "run.pt", plot=plot)
