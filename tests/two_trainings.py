@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
     "window": 60,
     "epochs": 2,
     "dropout": 0.0,  # whose masks depend on how many processes there are
-    "every": 10,
+    "every": 25,
 }
 
 
