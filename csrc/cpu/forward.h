@@ -38,6 +38,7 @@ class ForwardPass {
         bias_(2 * p.N * width()),
         inputs_(plan.unit_slices * p.N * p.steps.B * window_ * p.I),
         gx_(p.N * p.steps.B * window_ * width()),
+        gh_(kUnits == 1 ? p.N * p.steps.B * width() : 0),
         projections_(projected() ? p.N * projection_.size() : 0),
         scratch_(projected() && !p.kept[0] ? p.N * p.steps.B * p.H : 0) {
     parallel_for(pool, p.N * blocks_, [&](int64_t i) { pack(i / blocks_, i % blocks_); });
@@ -118,6 +119,10 @@ class ForwardPass {
     return gx_.get() +
            ((job.n * p_.steps.B + job.b0) * width() + block * kUnits * W * G * (job.b1 - job.b0)) * window_;
   }
+  // W_hh h of a block, of a job with one row.
+  T* gh_row(const Job& job, int64_t block) const {
+    return gh_.get() + (job.n * p_.steps.B + job.b0) * width() + block * G * W;
+  }
   int64_t rows_before(const Job& job, int64_t i) const {
     if (!p_.steps.offsets) return i % window_ * (job.b1 - job.b0);
     int64_t rows = 0;
@@ -167,6 +172,7 @@ class ForwardPass {
     const Rows<const T> running{p_.y + (before.offset * N + n) * P, N * P};
     const Rows<const T> initial{p_.h0 + n * B * P, P};
     const Rows<T> out = hidden_rows(n, t);
+    const bool one_row = kUnits == 1 && end - job.b0 == 1;
     for (int64_t j = 0; j < blocks.end - blocks.begin; ++j) {
       // To and fro: what does not fit the cache is at least partly in it when the next step begins there.
       const int64_t block = i % 2 ? blocks.end - 1 - j : blocks.begin + j, C = G * units(block);
@@ -177,9 +183,14 @@ class ForwardPass {
         product(h[b0], h.ld, b1 - b0, p_.recurrences[n].weight_hh, packed, P, block, bias,
                 [&, h = h, b0 = b0](int64_t r, int64_t rows, const T* gh) {
                   const int64_t b = b0 + r;
-                  cells(Tile{n, block, first, b, rows, gx_tiles + b * C * W, gh}, h, out);
+                  if (one_row)
+                    std::memcpy(gh_row(job, block), gh, C * W * sizeof(T));
+                  else
+                    cells(Tile{n, block, first, b, rows, gx_tiles + b * C * W, gh}, h, out);
                 });
     }
+    if (one_row)
+      cells_of_row(job, blocks, first, row, alive > job.b0 ? running[job.b0] : initial[job.b0], out[job.b0]);
     if (projected())
       for (int64_t j = 0; j < projection_.count(); ++j)
         multiply_panel(out[job.b0], out.ld, end - job.b0, projection_,
@@ -234,6 +245,35 @@ class ForwardPass {
     }
   }
 
+  // The cells of a job with one row, which has no second row to run them in pairs with: vectors of units take
+  // the place of rows.
+  void cells_of_row(const Job& job, Range blocks, int64_t first, int64_t gx_row, const T* h, T* out) const {
+    const int64_t H = p_.H, n = job.n, b = job.b0, ld = G * W, unit = blocks.begin * W;
+    const int64_t state = (n * p_.steps.B + b) * H + unit, row = (first + b) * p_.N + n;
+    const int64_t rows = (job.b1 - job.b0) * window_;
+    Step step{ld * rows, ld, W, W, W, W, {}, {}};
+    Here here{gx(job, blocks.begin) + gx_row * ld,
+              gh_row(job, blocks.begin),
+              h + unit,
+              nullptr,
+              out + unit,
+              nullptr,
+              {},
+              {}};
+    if constexpr (params_of<Cell> > 0) here.param = p_.recurrences[n].param + unit;
+    if (p_.gates) here.saved = p_.gates + row * p_.slots * H + unit;
+    for (int s = 1; s < Cell::kStates; ++s) {
+      step.state[s] = step.kept[s] = W;
+      here.state[s] = p_.state[s] + state;
+      here.kept[s] = p_.kept[s] ? p_.kept[s] + row * H + unit : nullptr;
+    }
+    const int64_t whole = std::min(blocks.end, H / W) - blocks.begin;
+    run_cells(here, step, 1, whole, std::integral_constant<int, W>());
+    if (blocks.end * W <= H) return;
+    advance(here, step, whole);
+    run_cells(here, step, 1, 1, static_cast<int>(H % W));
+  }
+
   // Two at a time, as long as there are. `lanes` is a constant where a vector is whole: nothing is decided
   // then.
   template <class Lanes>
@@ -250,6 +290,7 @@ class ForwardPass {
     here.gh += count * step.gh;
     here.h += count * step.h;
     here.out += count * step.out;
+    if constexpr (params_of<Cell> > 0) here.param += count * step.param;
     if (here.saved) here.saved += count * step.saved;
     for (int s = 1; s < Cell::kStates; ++s) {
       here.state[s] += count * step.state[s];
@@ -268,7 +309,7 @@ class ForwardPass {
     Array<Vector, Cell::kStates> state{};
     if constexpr (Cell::kReadsH) state[0] = Vector::load_rows(here.h, step.h, lanes);
     for (int s = 1; s < Cell::kStates; ++s) state[s] = Vector::load_rows(here.state[s], step.state[s], lanes);
-    const Forward<Cell, Vector> next = step_of(here.param, lanes, gx, gh, state);
+    const Forward<Cell, Vector> next = step_of(here.param, step.param, lanes, gx, gh, state);
     const Vector hidden = projected() ? next.state[0] : round_to<T>(p_.rounding, next.state[0]);
     hidden.store_rows(here.out, step.out, lanes);
     for (int s = 1; s < Cell::kStates; ++s) {
@@ -281,12 +322,12 @@ class ForwardPass {
   }
 
   template <class Vector>
-  FUSEDRNN_HD Forward<Cell, Vector> step_of(const T* params, int lanes, const Array<Vector, G>& gx,
-                                            const Array<Vector, G>& gh,
+  FUSEDRNN_HD Forward<Cell, Vector> step_of(const T* params, int64_t step, int lanes,
+                                            const Array<Vector, G>& gx, const Array<Vector, G>& gh,
                                             const Array<Vector, Cell::kStates>& state) const {
     if constexpr (params_of<Cell> > 0) {
       Array<Vector, params_of<Cell>> param;
-      for (int j = 0; j < params_of<Cell>; ++j) param[j] = Vector::load_rows(params + j * p_.H, 0, lanes);
+      for (int j = 0; j < params_of<Cell>; ++j) param[j] = Vector::load_rows(params + j * p_.H, step, lanes);
       return Cell::forward(gx, gh, state, param);
     } else {
       return Cell::forward(gx, gh, state);
@@ -311,7 +352,7 @@ class ForwardPass {
   // Panels of W_ih and W_hh are made beforehand; those of W_ih, if every one is used only once, in passing.
   const bool packed_ih_, packed_hh_, in_passing_;
   const Panels<T> projection_;  // [H] -> [P]
-  const Buffer<T> weights_ih_, weights_hh_, bias_, inputs_, gx_, projections_, scratch_;
+  const Buffer<T> weights_ih_, weights_hh_, bias_, inputs_, gx_, gh_, projections_, scratch_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA
