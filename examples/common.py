@@ -23,12 +23,24 @@ from matplotlib.figure import Figure
 BackendName = Literal["auto", "torch", "cpu", "cuda", "triton", "reference"]
 
 Backend = Annotated[BackendName, typer.Option(help="Whose kernels; torch: those of torch.nn, to compare.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="File to save to after every epoch.")]
+
+
+def _asked_to_resume(context: typer.Context, resume: bool) -> bool:
+    if resume and context.params.get("checkpoint") is None:
+        raise typer.BadParameter("it needs a --checkpoint to go on from")
+    return resume
+
+
+# Eager, so that it is known when --resume is looked at.
+Checkpoint = Annotated[Path | None, typer.Option(help="File to save to after every epoch.", is_eager=True)]
 Data = Annotated[Path | None, typer.Option(help="Your own data instead.", exists=True)]
 Device = Annotated[str, typer.Option(help="cpu or cuda; by default cuda, if there is one.")]
 Epochs = Annotated[int, typer.Option(min=1, help="At most so many passes over the data.")]
 Plot = Annotated[Path, typer.Option(help="PNG to write.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint, if the file is there.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from --checkpoint, if it is there.", callback=_asked_to_resume),
+]
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 
 PLOTS = Path("build/recipes")  # where the plots go by default

@@ -312,8 +312,10 @@ def main(
     precision: Annotated[Precision, typer.Option(help="By autocast; fp16 with a GradScaler.")] = "fp32",
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Processes share parameters out (FSDP2).")] = False,
     every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints and validations.")] = 50,
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder, seen by all machines.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest in --checkpoint.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder, seen by all machines.", is_eager=True)
+    ] = None,
+    resume: common.Resume = False,
     limit: Annotated[int | None, typer.Option(help="Only so many characters of the text.")] = None,
     data: common.Data = None,
     device: common.Device = "",
@@ -322,8 +324,6 @@ def main(
     plot: common.Plot = common.PLOTS / "language_model.png",
 ) -> dict[str, list[float]]:
     """Train a language model of characters; beside it, what counting characters and pairs of them gives."""
-    if resume and checkpoint is None:
-        raise typer.BadParameter("--resume needs a --checkpoint to go on from")
     settings = Settings(epochs, hidden, layers, dropout, streams, window, precision, fsdp, seed)
     text = Text.read(data, limit)
     unigram, bigram = text.counted()

@@ -213,7 +213,9 @@ def main(
     steps: Annotated[int, typer.Option(min=2, help="Of a rollout.")] = 64,
     hidden: Annotated[int, typer.Option(help="Units of the LSTM.")] = 64,
     compare: Annotated[bool, typer.Option(help="Also train with the loop over steps.")] = True,
-    checkpoint: Annotated[Path | None, typer.Option(help="File to save to every ten iterations.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to save to every ten iterations.", is_eager=True)
+    ] = None,
     resume: common.Resume = False,
     backend: common.Backend = "auto",
     device: common.Device = "",
@@ -221,8 +223,6 @@ def main(
     plot: common.Plot = common.PLOTS / "reinforcement.png",
 ) -> dict[str, Learner]:
     """Train an agent that has to remember, with reset= and, beside it, with a loop over steps."""
-    if resume and checkpoint is None:
-        raise typer.BadParameter("--resume needs a --checkpoint to go on from")
     found = torch.load(checkpoint, "cpu") if checkpoint and resume and checkpoint.exists() else {}
     learners = {}
     print(f"task: naming one cue of {CUES}, {DELAY[0]} to {DELAY[1]} steps after it was shown")

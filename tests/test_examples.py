@@ -144,6 +144,12 @@ def test_help_says_what_the_options_do(module):
         assert option in said.output
 
 
+def test_resume_needs_a_checkpoint():
+    refused = CliRunner().invoke(sequence_transform.app, ["--resume", "--epochs", "1"])
+    assert refused.exit_code == 2
+    assert "needs a --checkpoint" in refused.output
+
+
 # text_classification
 
 NAMES = {"size": 2000, "hidden": 24}
