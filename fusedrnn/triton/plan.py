@@ -161,7 +161,7 @@ class Explanation(NamedTuple):
         tiles: its sizes: slices of a group, groups at once, sequences and units of a program, units of K that
             are multiplied at once, warps. Empty for the stepwise schedule.
         launches: of kernels, for the pass or, of the stepwise schedule, for a step, products included.
-        bytes_on_chip: of weights, in all programs of a launch; 0 where they are read at every step.
+        bytes_on_chip: of weights, in the programs that run at once; 0 where they are read at every step.
         candidates: what the first such call on a GPU times, to keep the fastest; the first is the one above.
         rejected: for every other one why it was not chosen, and why the weights are not on chip.
     """
@@ -243,7 +243,8 @@ def explain(problem: Problem, device: Device, demand: str | None = None) -> Expl
     else:
         groups = best.groups(problem)
         launches = -(-groups // best.at_once)
-        on_chip = best.bytes_held(problem) * best.slices * min(groups, best.at_once)
+        resident = min(groups, best.at_once, device.multiprocessors // best.slices)
+        on_chip = best.bytes_held(problem) * best.slices * resident
         names = ("slices", "at_once", "block_b", "block_u", "block_k", "warps")
         tiles = {name: getattr(best, name) for name in names} | {"at_once": min(groups, best.at_once)}
         if not best.chunks:
