@@ -278,5 +278,6 @@ def test_help(recipe):
 
 @pytest.mark.parametrize("recipe", [language_model, reinforcement])
 def test_resume_needs_a_checkpoint(recipe):
-    with pytest.raises(recipe.typer.BadParameter, match="--checkpoint"):
-        recipe.main(resume=True)
+    refused = CliRunner().invoke(common.application(recipe.main), ["--resume"])
+    assert refused.exit_code == 2
+    assert "needs a --checkpoint" in refused.output
