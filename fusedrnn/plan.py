@@ -142,5 +142,6 @@ def _builtin_is_faster(problem: Problem) -> bool:
         return False
     if problem.P:  # which the built-in warns of, and runs slowly
         return False
-    # A step repays neither packing the weights nor what is recorded for backward.
-    return problem.T == 1 and (problem.B > _UNPACKED_ROWS or problem.training)
+    # A step repays neither packing the weights nor what is recorded, unless the built-in packs them as well.
+    recorded = problem.training and problem.cell != "lstm"
+    return problem.T == 1 and (problem.B > _UNPACKED_ROWS or recorded)

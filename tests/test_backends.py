@@ -59,7 +59,8 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"training": False, "reverse": (True,)}, "cpu"),
         ({"training": False, "T": 1, "B": 9}, "torch"),  # one step does not repay packing the weights
         ({"training": False, "T": 1, "B": 8}, "cpu"),
-        ({"T": 1, "B": 8}, "torch"),  # nor what is recorded for backward
+        ({"T": 1, "B": 8}, "cpu"),
+        ({"T": 1, "B": 8, "cell": "gru"}, "torch"),  # nor what is recorded for backward
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
         ({"T": 1, "P": 64}, "cpu"),
