@@ -6,14 +6,21 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fusedrnn
-from fusedrnn import libraries
+from fusedrnn import functional, libraries
 from fusedrnn.backend import forced
-from fusedrnn.plan import Problem, make_plan
+from fusedrnn.cells import CELLS
+from fusedrnn.functional import Weights
+from fusedrnn.plan import Plan, Problem, make_plan
+from fusedrnn.variation import PLAIN
 
 from .problems import KERNELS, Shape, make_problem
 
@@ -147,6 +154,61 @@ def test_a_forced_backend_that_is_not_available_raises():
         fusedrnn.use_backend("cuda"),
     ):
         pass
+
+
+def layer_call(cell="gru", T=4, B=2, I=3, H=5, P=0, reverse=(False,), packed=False, **of_x):
+    x = torch.zeros((T * B, I) if packed else (T, B, I), **of_x)
+    G, N = CELLS[cell].gates, len(reverse)
+    hr = [torch.zeros(P, H)] * N if P else ()
+    weights = Weights([torch.zeros(G * H, I)] * N, [torch.zeros(G * H, H)] * N, hr=hr)
+    return CELLS[cell], x, weights, reverse, torch.full((T,), B) if packed else None, PLAIN, False
+
+
+CHANGES = (
+    {},
+    {"cell": "rnn_tanh"},
+    {"cell": "rnn_relu"},
+    {"cell": "lstm"},
+    {"cell": "lstm", "P": 2},
+    {"cell": "lstm", "P": 4},
+    {"T": 2, "B": 4},
+    {"I": 6},
+    {"H": 6},
+    {"reverse": (True,)},
+    {"reverse": (False, True)},
+    {"packed": True},
+    {"packed": True, "T": 2, "B": 4},
+    {"dtype": torch.float64},
+    {"device": "meta"},
+)
+
+
+def test_a_remembered_plan_is_that_of_the_call(monkeypatch):
+    """Calls that differ in one thing, or are made where one thing is different: each keeps its own plan."""
+    made = []
+
+    def name(problem, available, forced=None):
+        made.append(problem)
+        return Plan(f"{problem} {forced}", {})
+
+    monkeypatch.setattr(functional, "make_plan", name)
+    monkeypatch.setattr(functional, "_plans", {})
+    calls = [layer_call(**change) for change in CHANGES]
+    calls += [(*calls[0][:-1], True)]  # the states of all steps are wanted
+    places = (
+        nullcontext,
+        torch.no_grad,
+        partial(torch.autocast, "cpu"),
+        forward_ad.dual_level,
+        partial(fusedrnn.use_backend, "cpu"),
+        partial(fusedrnn.use_backend, "reference"),
+    )
+    for turn in range(2):
+        before = len(made)
+        for place, call in product(places, calls):
+            with place():
+                assert functional._plan(*call).backend == f"{functional._problem(*call)} {forced()}"
+        assert (len(made) > before) is (turn == 0)
 
 
 def test_use_backend_nests_and_ends():
