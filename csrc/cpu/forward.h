@@ -36,7 +36,7 @@ class ForwardPass {
         weights_ih_(packed_ih_ ? p.N * (in_passing_ ? plan.unit_slices * G * kUnits * W : width()) * p.I : 0),
         weights_hh_(packed_hh_ ? p.N * width() * p.P : 0),
         bias_(2 * p.N * width()),
-        inputs_(plan.unit_slices * p.N * p.steps.B * window_ * p.I),
+        inputs_(plan.unit_slices * p.N * p.steps.B * window_),
         gx_(p.N * p.steps.B * window_ * width()),
         gh_(kUnits == 1 ? p.N * p.steps.B * width() : 0),
         projections_(projected() ? p.N * projection_.size() : 0),
@@ -99,16 +99,16 @@ class ForwardPass {
           *out++ = bias && source(c, lane) >= 0 ? bias[source(c, lane)] : T(0);
   }
 
-  // Passes tiles of `rows` rows of a times the weights of a block, plus its bias, to consume: by its panel,
-  // or by the weights as they are if that is null.
-  template <class Consume>
-  void product(const T* a, int64_t lda, int64_t rows, const T* weights, const T* panel, int64_t K,
-               int64_t block, const T* bias, const Consume& consume) const {
+  // Rows of a times the weights of a block, plus its bias, as multiply() does it: by its panel, or by the
+  // weights as they are if that is null.
+  template <class Source, class Consume>
+  void product(const Source& a, int64_t rows, const T* weights, const T* panel, int64_t K, int64_t block,
+               const T* bias, T* out, const Consume& consume) const {
     const int C = G * units(block);
     if (panel)
-      multiply(a, lda, rows, panel, K, C, bias, consume);
+      multiply(a, rows, panel, K, C, bias, out, consume);
     else
-      multiply_unpacked(a, lda, rows, weights, K, C, source_of(block), bias, consume);
+      multiply_unpacked(a, rows, weights, K, C, source_of(block), bias, out, consume);
   }
 
   int64_t rows_end(const Job& job, int64_t t) const { return std::min(job.b1, p_.steps.count(t)); }
@@ -134,26 +134,22 @@ class ForwardPass {
   // W_ih x + b_ih of the steps of a window from step i.
   void project_input(const Job& job, int64_t i, int64_t slice, Range blocks) const {
     const int64_t I = p_.I, n = job.n, B = p_.steps.B;
-    T* x = inputs_.get() + ((slice * p_.N + n) * B + job.b0) * window_ * I;
+    const T** x = inputs_.get() + ((slice * p_.N + n) * B + job.b0) * window_;  // their rows of x
     int64_t rows = 0;
     for (const int64_t end = std::min(i + window_, p_.steps.T); i < end; ++i) {
       const int64_t t = layout_.time(n, i);
       const T* source = p_.x + (p_.steps.offsets ? p_.steps.offset(t) * p_.x_row : t * p_.x_step);
-      for (int64_t b = job.b0; b < rows_end(job, t); ++b, ++rows)
-        std::memcpy(x + rows * I, source + b * p_.x_row + p_.recurrences[n].input, I * sizeof(T));
+      for (int64_t b = job.b0; b < rows_end(job, t); ++b)
+        x[rows++] = source + b * p_.x_row + p_.recurrences[n].input;
     }
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      T* out = gx(job, block);
-      const int64_t row = G * units(block) * W;
       const T* weights = p_.recurrences[n].weight_ih;
       T* const packed = !packed_ih_   ? nullptr
                         : in_passing_ ? weights_ih_.get() + (slice * p_.N + n) * G * kUnits * W * I
                                       : weights_ih_.get() + panel(n, block, I);
       if (in_passing_) pack_rows(weights, I, G * units(block), packed, source_of(block));
-      product(x, I, rows, weights, packed, I, block, bias_.get() + panel(n, block, 2),
-              [&](int64_t r, int64_t size, const T* tile) {
-                std::memcpy(out + r * row, tile, size * row * sizeof(T));
-              });
+      product(x, rows, weights, packed, I, block, bias_.get() + panel(n, block, 2), gx(job, block),
+              [](int64_t, int64_t, const T*) {});
     }
   }
 
@@ -180,13 +176,11 @@ class ForwardPass {
       const T* gx_tiles = gx(job, block) + (row - job.b0) * C * W;
       const T* packed = packed_hh_ ? weights_hh_.get() + panel(n, block, P) : nullptr;
       for (const auto& [h, b0, b1] : {Segment{running, job.b0, alive}, Segment{initial, alive, end}})
-        product(h[b0], h.ld, b1 - b0, p_.recurrences[n].weight_hh, packed, P, block, bias,
+        product(Rows<const T>{h[b0], h.ld}, b1 - b0, p_.recurrences[n].weight_hh, packed, P, block, bias,
+                one_row ? gh_row(job, block) : nullptr,
                 [&, h = h, b0 = b0](int64_t r, int64_t rows, const T* gh) {
                   const int64_t b = b0 + r;
-                  if (one_row)
-                    std::memcpy(gh_row(job, block), gh, C * W * sizeof(T));
-                  else
-                    cells(Tile{n, block, first, b, rows, gx_tiles + b * C * W, gh}, h, out);
+                  if (!one_row) cells(Tile{n, block, first, b, rows, gx_tiles + b * C * W, gh}, h, out);
                 });
     }
     if (one_row)
@@ -352,7 +346,9 @@ class ForwardPass {
   // Panels of W_ih and W_hh are made beforehand; those of W_ih, if every one is used only once, in passing.
   const bool packed_ih_, packed_hh_, in_passing_;
   const Panels<T> projection_;  // [H] -> [P]
-  const Buffer<T> weights_ih_, weights_hh_, bias_, inputs_, gx_, gh_, projections_, scratch_;
+  const Buffer<T> weights_ih_, weights_hh_, bias_;
+  const Buffer<const T*> inputs_;
+  const Buffer<T> gx_, gh_, projections_, scratch_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

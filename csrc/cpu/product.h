@@ -21,13 +21,23 @@ inline constexpr int kTileRows = sizeof(T) == sizeof(double)               ? 2
                                  : (kRegisters - C - 2) / C < kMaxTileRows ? (kRegisters - C - 2) / C
                                                                            : kMaxTileRows;
 
-// out[r][c] = bias[c] + sum over k of a[r * lda + k] * panel[k][c], for R rows and C vectors; bias may be
-// null.
+// Rows of a matrix: row b begins at p + b * ld.
+template <class T>
+struct Rows {
+  T* p;
+  int64_t ld;
+  T* operator[](int64_t b) const { return p + b * ld; }
+};
+
+// out[r][c] = bias[c] + sum over k of rows[r][k] * panel[k][c], for R rows and C vectors; bias may be null.
 template <class T, int R, int C>
-__attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* bias,
+__attribute__((noinline)) void product_tile(const T* const* rows, const T* panel, int64_t K, const T* bias,
                                             T* out) {
   constexpr int W = Simd<T>::kWidth, kAhead = 16 * W;
+  const T* a[R];
   Simd<T> acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) a[r] = rows[r];
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
     const Simd<T> start = bias ? Simd<T>::load(bias + c * W) : Simd<T>(T(0));
@@ -43,7 +53,7 @@ __attribute__((noinline)) void product_tile(const T* a, int64_t lda, const T* pa
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Simd<T> s(a[r * lda + k]);
+      const Simd<T> s(a[r][k]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[r][c] = acc[r][c] + s * b[c];
     }
@@ -95,23 +105,28 @@ FUSEDRNN_HD void with_count(int64_t count, const F& f) {
   f(std::integral_constant<int, Max>());
 }
 
-// The product of `rows` rows of a with a panel of C vectors, in tiles as even as they can be. Each tile goes
-// to consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache.
-template <class T, class Consume>
-void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int C, const T* bias,
+// The product of the rows a[0], a[1], ... with a panel of C vectors, in tiles as even as they can be. Each
+// goes to consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache. They are left
+// one after another in out; or nowhere, if that is null.
+template <class T, class Source, class Consume>
+void multiply(const Source& a, int64_t rows, const T* panel, int64_t K, int C, const T* bias, T* out,
               const Consume& consume) {
   alignas(kVectorBytes) T values[kMaxTileRows * kPanelVectors * Simd<T>::kWidth];
   with_count<kPanelVectors>(C, [&](auto vectors) {
     constexpr int kRows = kTileRows<T, vectors()>;
     for (int64_t first = 0, tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
       const int64_t size = (rows - first + tiles - 1) / tiles;
+      T* const tile = out ? out + first * C * Simd<T>::kWidth : values;
       with_count<kRows>(size, [&](auto tile_rows) {
-        if constexpr (tile_rows() == 1)
-          product_row<T, vectors()>(a + first * lda, panel, vectors() * Simd<T>::kWidth, K, bias, values);
-        else
-          product_tile<T, tile_rows(), vectors()>(a + first * lda, lda, panel, K, bias, values);
+        if constexpr (tile_rows() == 1) {
+          product_row<T, vectors()>(a[first], panel, vectors() * Simd<T>::kWidth, K, bias, tile);
+        } else {
+          const T* sources[tile_rows()];
+          for (int r = 0; r < tile_rows(); ++r) sources[r] = a[first + r];
+          product_tile<T, tile_rows(), vectors()>(sources, panel, K, bias, tile);
+        }
       });
-      consume(first, size, values);
+      consume(first, size, tile);
       first += size;
     }
   });
@@ -171,13 +186,15 @@ void pack_rows(const T* w, int64_t K, int C, T* panel, const Row& row) {
 }
 
 // As multiply(), by weights that are not packed: lane j of vector c is the product with row(c, j) of w.
-template <class T, class Row, class Consume>
-void multiply_unpacked(const T* a, int64_t lda, int64_t rows, const T* w, int64_t K, int C, const Row& row,
-                       const T* bias, const Consume& consume) {
+template <class T, class Source, class Row, class Consume>
+void multiply_unpacked(const Source& rows_of_a, int64_t rows, const T* w, int64_t K, int C, const Row& row,
+                       const T* bias, T* out, const Consume& consume) {
   using V = Simd<T>;
   constexpr int W = V::kWidth, kGroup = W < 4 ? W : 4;  // rows of w at a time
   alignas(kVectorBytes) T values[kPanelVectors * W];
-  for (int64_t r = 0; r < rows; ++r, a += lda) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const a = rows_of_a[r];
+    T* const tile = out ? out + r * C * W : values;
     for (int c = 0; c < C; ++c) {
       V sums[W];
       for (int lane = 0; lane < W; lane += kGroup) {
@@ -197,9 +214,9 @@ void multiply_unpacked(const T* a, int64_t lda, int64_t rows, const T* w, int64_
       transpose(sums);
       V total = V::load(bias + c * W);
       for (int lane = 0; lane < W; ++lane) total = total + sums[lane];
-      total.store(values + c * W);
+      total.store(tile + c * W);
     }
-    consume(r, 1, values);
+    consume(r, 1, tile);
   }
 }
 
@@ -249,7 +266,8 @@ void multiply_panel(const T* a, int64_t lda, int64_t rows, const Panels<T>& pane
   constexpr int W = Simd<T>::kWidth;
   const int64_t first = panel * kPanelVectors * W;
   const int C = static_cast<int>(panels.vectors(panel));
-  multiply(a, lda, rows, packed + panels.offset(panel), panels.K, C, static_cast<const T*>(nullptr),
+  constexpr T* kNone = nullptr;
+  multiply(Rows<const T>{a, lda}, rows, packed + panels.offset(panel), panels.K, C, kNone, kNone,
            [&](int64_t r0, int64_t size, const T* values) {
              for (int64_t r = 0; r < size; ++r)
                for (int c = 0; c < C; ++c, values += W) {

@@ -36,14 +36,6 @@ FUSEDRNN_HD Pair<T> round_to(Rounding rounding, Pair<T> x) {
   return {round_to<T>(rounding, x.a), round_to<T>(rounding, x.b)};
 }
 
-// Rows of a matrix: row b begins at p + b * ld.
-template <class T>
-struct Rows {
-  T* p;
-  int64_t ld;
-  T* operator[](int64_t b) const { return p + b * ld; }
-};
-
 // One worker's share: rows [b0, b1) of recurrence n, and the slice it owns.
 struct Job {
   int64_t n, b0, b1, own;
