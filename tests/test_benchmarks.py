@@ -175,12 +175,28 @@ def test_plots_of_series(tmp_path):
         return table.Row("LSTM", Shape(9, B, H, H), "inference", "fp32", 1, 1, **times)
 
     rows = [row(32), row(16), row(64), row(64, B=2)]
-    found = report._scaling(table.KernelTable(rows, {"fp32": 1.0}, ""), "fp32")
+    found = report._scaling(table.KernelTable(rows, ["fp32"], ""), "fp32")
     assert found.keys() == {"H"}
     assert [r.shape.H for r in found["H"][0]] == [16, 32, 64]
     environment = report.environment(CPU, 0, None)
     path = report.plot_scaling(found, "fp32", environment, tmp_path / "scaling.png")
     assert path.stat().st_size > 10_000
+
+
+def test_figures_are_of_what_was_measured_side_by_side():
+    """A machine that is twice as slow for the second pair changes none of them."""
+    row = table.Row("GRU", Shape(1, 1, 1, 1), "inference", "fp32", flop=600, step_bytes=1)
+    row.builtin_times, row.fusedrnn_times = [6.0, 12.0], [3.0, 6.0]
+    row.product_flop, row.product_times = 1000, [4.0, 8.0]
+    row.beside_peers_times, row.peer_times = [3.0, 6.0], {"another": [4.5, 9.0]}
+    assert row.ratio == (2, 2, 2)
+    assert row.peer_ratio("another") == (1.5, 1.5, 1.5)
+    assert row.peer_ratio("absent") is None
+    assert row.share_of_peak(row.fusedrnn_times) == pytest.approx((0.8, 0.8, 0.8))
+    assert row.share_of_peak(row.builtin_times) == pytest.approx((0.4, 0.4, 0.4))
+    found = table.KernelTable([row], ["fp32", "bf16"], "")
+    assert found.peak("fp32") == 250
+    assert found.peak("bf16") is None
 
 
 def test_cache_levels_are_in_order():

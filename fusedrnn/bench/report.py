@@ -87,7 +87,7 @@ def write_json(path: Path, results: dict[str, Any]) -> Path:
 def write_table(folder: Path, environment: dict[str, Any], table: KernelTable) -> list[Path]:
     """Writes ``bench.csv`` and the plots, replacing those of an earlier run, and returns the paths."""
     paths = [_write_csv(folder / "bench.csv", table)]
-    for precision in table.peaks:
+    for precision in table.precisions:
         paths.append(plot_kernels(table, precision, environment, folder / f"kernels-{precision}.png"))
         if scaling := _scaling(table, precision):
             paths.append(plot_scaling(scaling, precision, environment, folder / f"scaling-{precision}.png"))
@@ -96,13 +96,13 @@ def write_table(folder: Path, environment: dict[str, Any], table: KernelTable) -
 
 def table_as_json(table: KernelTable) -> dict[str, Any]:
     return {
-        "peak_flop_per_second": table.peaks,
+        "peak_flop_per_second": {precision: table.peak(precision) for precision in table.precisions},
         "memory_method": table.memory_method,
         "geometric_means": {
             precision: {cell: table.geometric_mean(cell, precision) for cell in table.cells}
             | {"all": table.geometric_mean(precision=precision)}
             | {peer: table.geometric_mean(precision=precision, peer=peer) for peer in table.peers}
-            for precision in table.peaks
+            for precision in table.precisions
         },
         "rows": [_row_as_json(row) for row in table.rows],
     }
@@ -116,6 +116,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
             "builtin_seconds": row.builtin._asdict(),
             "fusedrnn_seconds": row.fusedrnn._asdict(),
             "ratio": row.ratio._asdict(),
+            "share_of_peak": row.share_of_peak(row.fusedrnn_times)._asdict(),
             "peer_ratios": {
                 name: ratio._asdict()
                 for name in row.peer_times
@@ -147,7 +148,7 @@ def _write_csv(path: Path, table: KernelTable) -> Path:
             memory = (row.builtin_memory, row.fusedrnn_memory)
             speed = row.flop / ours
             times = (row.builtin.median * 1e3, ours * 1e3, ours / row.shape.T * 1e6)
-            figures = (*times, *ratio, speed / 1e9, 100 * speed / table.peaks[row.precision])
+            figures = (*times, *ratio, speed / 1e9, 100 * row.share_of_peak(row.fusedrnn_times).median)
             beside = [row.peer_ratio(name) for name in table.peers]
             writer.writerow(
                 [

@@ -53,7 +53,10 @@ class Row:
     errors: dict[str, accuracy.Verdict] = field(default_factory=dict)
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
+    product_flop: int = 0
+    product_times: list[float] = field(default_factory=list)  # of a large product, side by side with both
     peer_times: dict[str, list[float]] = field(default_factory=dict)
+    beside_peers_times: list[float] = field(default_factory=list)  # ours, side by side with the peers
     peer_faults: dict[str, str] = field(default_factory=dict)  # why a peer has no times
     builtin_memory: int | None = None
     fusedrnn_memory: int | None = None
@@ -71,20 +74,31 @@ class Row:
         """The built-in's time over ours, pair by pair: above 1 ours is the faster one."""
         return timing.spread([a / b for a, b in zip(self.builtin_times, self.fusedrnn_times, strict=True)])
 
+    def share_of_peak(self, times: Sequence[float]) -> timing.Spread:
+        """Operations per second over those of the large product, pair by pair: times are of either of us."""
+        share = self.flop / self.product_flop
+        return timing.spread([share * p / t for p, t in zip(self.product_times, times, strict=True)])
+
     def peer_ratio(self, name: str) -> timing.Spread | None:
-        """A peer's times over the median of ours; None where it has none."""
+        """A peer's time over ours, pair by pair; None where it has none."""
         if name not in self.peer_times:
             return None
-        return timing.spread([t / self.fusedrnn.median for t in self.peer_times[name]])
+        pairs = zip(self.peer_times[name], self.beside_peers_times, strict=True)
+        return timing.spread([peer / ours for peer, ours in pairs])
 
 
 @dataclass
 class KernelTable:
-    """All rows, and per precision the matrix-product peak in operations per second, of the same run."""
+    """All rows, and the precisions they are in."""
 
     rows: list[Row]
-    peaks: dict[str, float]
+    precisions: Sequence[str]
     memory_method: str
+
+    def peak(self, precision: str) -> float | None:
+        """Operations per second of the fastest large product in this run; None if nothing was timed."""
+        of_precision = [row for row in self.rows if row.precision == precision and row.product_times]
+        return max((row.product_flop / min(row.product_times) for row in of_precision), default=None)
 
     @property
     def failures(self) -> list[str]:
@@ -132,24 +146,21 @@ def run(
     """Checks and times every call × mode × precision in about ``seconds``, beside the built-in and peers."""
     deadline = timing.Deadline(seconds)
     rows: list[Row] = []
-    peaks = dict.fromkeys(precisions, 0.0)
     total = len(precisions) * len(entries) * len(modes)
     with tqdm(total=total, desc="kernels", unit="row") as progress:
         for precision in precisions:
             with accuracy.matmul_precision(precision):
                 dtype, second = accuracy.PRECISIONS[precision].dtype, min(1.0, max(0.1, seconds / 20))
-                peaks[precision] = timing.matmul_peak(device, dtype, second)
+                product = timing.fastest_product(device, dtype, second)
                 for cell, shape in entries:
                     share = len(modes) * deadline.left / (total - len(rows))
-                    for row in _measure(cell, shape, precision, device, share, seed, modes, beside):
+                    for row in _measure(cell, shape, precision, device, share, seed, modes, beside, product):
                         rows.append(row)
                         progress.set_postfix_str(f"{row.cell} {shape} {row.mode} {_ratio_text(row)}")
                         progress.update()
-                # Again, because the machine may have been busier then: the ceiling is the best that was seen.
-                peaks[precision] = max(peaks[precision], timing.matmul_peak(device, dtype, second))
         progress.set_postfix_str("")
     method = timing.CUDA_MEMORY_METHOD if device.type == "cuda" else timing.CPU_MEMORY_METHOD
-    return KernelTable(rows, peaks, method)
+    return KernelTable(rows, precisions, method)
 
 
 def _measure(
@@ -161,6 +172,7 @@ def _measure(
     seed: int,
     modes: Sequence[str],
     beside: Sequence[peers.Peer],
+    product: timing.Product,
 ) -> Iterator[Row]:
     """Yields the rows of all modes, the last within about ``seconds``.
 
@@ -178,8 +190,9 @@ def _measure(
         run_ours = partial(call, trio.ours, trio.inputs, mode)
         _gate(row, trio, truth)
         if not row.faults:
-            calls, row.method = timing.captured([run_builtin, run_ours], device)
-            row.builtin_times, row.fusedrnn_times = timing.interleave(
+            row.product_flop = product.flop
+            calls, row.method = timing.captured([run_builtin, run_ours, product.call], device)
+            row.builtin_times, row.fusedrnn_times, row.product_times = timing.interleave(
                 calls,
                 device,
                 seconds=deadline.left / (len(modes) - i + bool(beside)),
@@ -201,14 +214,15 @@ def _time_peers(
     seconds: float,
     **least: Any,
 ) -> None:
-    """Times the peers, after the built-in and ours: what has a thread pool of its own disturbs both."""
+    """Times the peers beside ours, after the built-in: what has a thread pool of its own disturbs others."""
     right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
     if not right:
         return
     device = trio.inputs.x.device
-    calls, _ = timing.captured([*right.values()], device)
+    calls, _ = timing.captured([partial(call, trio.ours, trio.inputs, row.mode), *right.values()], device)
     settle = 0.02 if device.type == "cpu" and seconds > 0 else 0.0
-    times = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
+    ours, *times = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
+    row.beside_peers_times = ours
     row.peer_times = dict(zip(right, times, strict=True))
 
 
@@ -252,10 +266,10 @@ def _ratio_text(row: Row) -> str:
 
 def show(table: KernelTable, console: Console) -> None:
     """Prints the rows, one table per cell and precision, the geometric means, and what a red gate found."""
-    for precision, peak in table.peaks.items():
+    for precision in table.precisions:
         for cell in table.cells:
             rows = [row for row in table.rows if (row.cell, row.precision) == (cell, precision)]
-            console.print(_cell_table(f"{cell}, {precision}", rows, peak, table.peers))
+            console.print(_cell_table(f"{cell}, {precision}", rows, table.peers))
         means = [(cell, table.geometric_mean(cell, precision)) for cell in table.cells]
         means.append(("all", table.geometric_mean(precision=precision)))
         text = "   ".join(f"{name} {mean:.2f}×" if mean else f"{name} none" for name, mean in means)
@@ -263,9 +277,9 @@ def show(table: KernelTable, console: Console) -> None:
         for peer in table.peers:
             if mean := table.geometric_mean(precision=precision, peer=peer):
                 console.print(f"Against {peer}:  {mean:.2f}×")
-        console.print(
-            f"Peak: {peak / 1e9:.0f} GFLOP/s, the fastest {precision} matrix product seen in this run.\n"
-        )
+        if peak := table.peak(precision):
+            text = f"Peak: a large {precision} matrix product, measured side by side; at best"
+            console.print(f"{text} {peak / 1e9:.0f} GFLOP/s.\n")
     pairs = [len(row.builtin_times) for row in table.rows if not row.faults] or [0]
     console.print(
         "Ratio: built-in's time / fusedrnn's, above 1 fusedrnn is faster; the median of"
@@ -280,7 +294,7 @@ def show(table: KernelTable, console: Console) -> None:
         console.print(f"wrong: {failure}", style="red", markup=False)
 
 
-def _cell_table(title: str, rows: Sequence[Row], peak: float, beside: Sequence[str]) -> Table:
+def _cell_table(title: str, rows: Sequence[Row], beside: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("shape", no_wrap=True)
     table.add_column("mode")
@@ -303,7 +317,9 @@ def _cell_table(title: str, rows: Sequence[Row], peak: float, beside: Sequence[s
             f"[bold]{_ratio_text(row)}[/] ({ratio.low:.2f}–{ratio.high:.2f})",
             *(f"{other.median:.2f}×" if (other := row.peer_ratio(name)) else "" for name in beside),
             _pair([f"{s / 1e9:.0f}" for s in speeds]),
-            _pair([f"{100 * s / peak:.0f}" for s in speeds]),
+            _pair(
+                [f"{100 * row.share_of_peak(t).median:.0f}" for t in (row.builtin_times, row.fusedrnn_times)]
+            ),
             f"{row.step_bytes / 1024:.0f} KB {timing.cache_level(row.step_bytes)}",
             _pair(
                 ["?" if m is None else f"{m / 1e6:.1f}" for m in (row.builtin_memory, row.fusedrnn_memory)]

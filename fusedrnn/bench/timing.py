@@ -1,4 +1,4 @@
-"""Clocks, interleaved timing, the matrix-product peak, and the memory a call needs."""
+"""Clocks, interleaved timing, the matrix product to measure against, and the memory a call needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,25 +156,27 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Operations per second of the fastest large square matrix product that was seen within ``seconds``.
+class Product(NamedTuple):
+    """A large square matrix product, and its operations: what calls are measured against."""
 
-    Several sizes are tried, because the best one depends on the machine. The fastest run counts, not the
-    median: this is the ceiling that others are measured against, and noise only ever lowers it.
-    """
-    best = 0.0
+    call: Call
+    flop: int
+
+
+def fastest_product(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Product:
+    """The size with the most operations per second within ``seconds``: which it is depends on the machine."""
+    best: tuple[float, Product] | None = None
     sizes = (4096, 8192) if device.type == "cuda" else (768, 1152, 1536)
     for size in sizes:
         a = torch.randn(size, size, device=device, dtype=dtype)
         b = torch.randn(size, size, device=device, dtype=dtype)
-        out = torch.empty_like(a)
-
-        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
-            torch.mm(a, b, out=out)
-
-        (times,) = interleave([product], device, seconds=seconds / len(sizes), min_rounds=3)
-        best = max(best, 2 * size**3 / min(times))
-    return best
+        product = Product(partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * size**3)
+        (times,) = interleave([product.call], device, seconds=seconds / len(sizes), min_rounds=3)
+        speed = product.flop / min(times)
+        if best is None or speed > best[0]:
+            best = speed, product
+    assert best is not None
+    return best[1]
 
 
 def cache_level(size: int) -> str:
