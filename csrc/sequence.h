@@ -28,15 +28,26 @@ struct Steps {
   FUSEDRNN_HD int64_t rows() const { return offset(T); }
 };
 
+struct BFloat16 {
+  uint16_t bits;  // the upper half of a float
+};
+
+// A matrix, row by row: of T, or, for the forward pass of floats, of bfloat16, which is half as much to read.
+template <class T>
+struct Matrix {
+  const T* wide;
+  const BFloat16* narrow;  // null, or wide is
+};
+
 // The weights of one of the N recurrences, in torch's layout; biases and projection may be null.
 template <class T>
 struct Recurrence {
-  const T* weight_ih;  // [G*H, I]
-  const T* weight_hh;  // [G*H, P]
-  const T* bias_ih;    // [G*H]
-  const T* bias_hh;    // [G*H]
-  const T* weight_hr;  // [P, H]
-  int64_t input;       // the first feature of x that is its input
+  Matrix<T> weight_ih;  // [G*H, I]
+  Matrix<T> weight_hh;  // [G*H, P]
+  const T* bias_ih;     // [G*H]
+  const T* bias_hh;     // [G*H]
+  const T* weight_hr;   // [P, H]
+  int64_t input;        // the first feature of x that is its input
   bool reverse;
   const T* param;  // [K, H], the cell's parameters; null for a cell that has none
 };

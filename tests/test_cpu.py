@@ -195,6 +195,12 @@ for threads in (1, 2):
                 problem = make_problem(cell, Shape(*shape), dtype=dtype, reverse=[False, True], packed=packed)
                 for a, b in zip(problem.results("cpu"), problem.results("reference"), strict=True):
                     assert relative_error(a, b) < tolerance, (cell, shape, packed, dtype)
+for cell in ("lstm", "gru", "rnn_tanh"):  # bfloat16 weights are read as they are: one step is that of floats
+    for B, I, H in ((1, 64, 64), (1, 19, 35), (9, 33, 40), (16, 64, 80)):
+        problem = make_problem(cell, Shape(1, B, I, H), dtype=torch.bfloat16)
+        (y, final), (exact_y, exact_final) = problem.run("cpu"), problem.to(torch.float32).run("cpu")
+        for a, b in zip((y, *final), (exact_y, *exact_final), strict=True):
+            assert torch.equal(a, b.bfloat16()), (cell, B, I, H)
 print("equal")
 """
 

@@ -22,7 +22,7 @@ class BackwardPass {
         scratch_(projected() ? p.N * p.steps.B * p.H : 0) {
     parallel_for(pool, packed_ ? p.N * recurrent_.count() : 0, [&](int64_t i) {
       const int64_t n = i / recurrent_.count();
-      pack_natural(p_.recurrences[n].weight_hh, recurrent_, i % recurrent_.count(),
+      pack_natural(p_.recurrences[n].weight_hh.wide, recurrent_, i % recurrent_.count(),
                    weights_.get() + n * recurrent_.size());
     });
     if (projected())
@@ -61,7 +61,7 @@ class BackwardPass {
     const auto add = [](V x, T* target, int lanes) { (V::load(target, lanes) + x).store(target, lanes); };
     if (!packed_) {
       const int64_t width = kPanelVectors * W, first = panels.begin * width;
-      multiply_row(dgh, p_.recurrences[n].weight_hh + first, p_.P, G * p_.H,
+      multiply_row(dgh, p_.recurrences[n].weight_hh.wide + first, p_.P, G * p_.H,
                    std::min(p_.P, panels.end * width) - first, dh + first, add);
     }
     for (int64_t j = panels.begin; packed_ && j < panels.end; ++j)

@@ -90,8 +90,8 @@ class ForwardPass {
     const int C = G * units(block);
     const auto source = source_of(block);
     if (packed_ih_ && !in_passing_)
-      pack_rows(w.weight_ih, p_.I, C, weights_ih_.get() + panel(n, block, p_.I), source);
-    if (packed_hh_) pack_rows(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, p_.P), source);
+      pack(w.weight_ih, p_.I, C, weights_ih_.get() + panel(n, block, p_.I), source);
+    if (packed_hh_) pack(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, p_.P), source);
     T* out = bias_.get() + panel(n, block, 2);  // of gx, then of gh
     for (const T* bias : {w.bias_ih, w.bias_hh})
       for (int c = 0; c < C; ++c)
@@ -99,16 +99,28 @@ class ForwardPass {
           *out++ = bias && source(c, lane) >= 0 ? bias[source(c, lane)] : T(0);
   }
 
+  // Calls f with where the values of a matrix are.
+  template <class F>
+  static void with_values(const Matrix<T>& w, const F& f) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (w.narrow) return f(w.narrow);
+    f(w.wide);
+  }
+  template <class Row>
+  static void pack(const Matrix<T>& w, int64_t K, int C, T* panel, const Row& row) {
+    with_values(w, [&](const auto* values) { pack_rows(values, K, C, panel, row); });
+  }
+
   // Rows of a times the weights of a block, plus its bias, as multiply() does it: by its panel, or by the
   // weights as they are if that is null.
   template <class Source, class Consume>
-  void product(const Source& a, int64_t rows, const T* weights, const T* panel, int64_t K, int64_t block,
-               const T* bias, T* out, const Consume& consume) const {
+  void product(const Source& a, int64_t rows, const Matrix<T>& weights, const T* panel, int64_t K,
+               int64_t block, const T* bias, T* out, const Consume& consume) const {
     const int C = G * units(block);
-    if (panel)
-      multiply(a, rows, panel, K, C, bias, out, consume);
-    else
-      multiply_unpacked(a, rows, weights, K, C, source_of(block), bias, out, consume);
+    if (panel) return multiply(a, rows, panel, K, C, bias, out, consume);
+    with_values(weights, [&](const auto* values) {
+      multiply_unpacked(a, rows, values, K, C, source_of(block), bias, out, consume);
+    });
   }
 
   int64_t rows_end(const Job& job, int64_t t) const { return std::min(job.b1, p_.steps.count(t)); }
@@ -143,11 +155,11 @@ class ForwardPass {
         x[rows++] = source + b * p_.x_row + p_.recurrences[n].input;
     }
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const T* weights = p_.recurrences[n].weight_ih;
+      const Matrix<T>& weights = p_.recurrences[n].weight_ih;
       T* const packed = !packed_ih_   ? nullptr
                         : in_passing_ ? weights_ih_.get() + (slice * p_.N + n) * G * kUnits * W * I
                                       : weights_ih_.get() + panel(n, block, I);
-      if (in_passing_) pack_rows(weights, I, G * units(block), packed, source_of(block));
+      if (in_passing_) pack(weights, I, G * units(block), packed, source_of(block));
       product(x, rows, weights, packed, I, block, bias_.get() + panel(n, block, 2), gx(job, block),
               [](int64_t, int64_t, const T*) {});
     }

@@ -106,8 +106,8 @@ FUSEDRNN_HD void with_count(int64_t count, const F& f) {
 }
 
 // The product of the rows a[0], a[1], ... with a panel of C vectors, in tiles as even as they can be. Each
-// goes to consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache. They are left
-// one after another in out; or nowhere, if that is null.
+// goes to consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache. They are
+// left one after another in out; or nowhere, if that is null.
 template <class T, class Source, class Consume>
 void multiply(const Source& a, int64_t rows, const T* panel, int64_t K, int C, const T* bias, T* out,
               const Consume& consume) {
@@ -167,8 +167,8 @@ FUSEDRNN_HD void transpose(Simd<T> (&rows)[Simd<T>::kWidth]) {
 }
 
 // panel[k][c][lane] = w[row(c, lane)][k]: rows of w become columns. `row` yields -1 for padding.
-template <class T, class Row>
-void pack_rows(const T* w, int64_t K, int C, T* panel, const Row& row) {
+template <class T, class Weight, class Row>
+void pack_rows(const Weight* w, int64_t K, int C, T* panel, const Row& row) {
   constexpr int W = Simd<T>::kWidth;
   for (int64_t k = 0; k < K; k += W) {
     const int lanes = static_cast<int>(K - k < W ? K - k : W);
@@ -186,9 +186,9 @@ void pack_rows(const T* w, int64_t K, int C, T* panel, const Row& row) {
 }
 
 // As multiply(), by weights that are not packed: lane j of vector c is the product with row(c, j) of w.
-template <class T, class Source, class Row, class Consume>
-void multiply_unpacked(const Source& rows_of_a, int64_t rows, const T* w, int64_t K, int C, const Row& row,
-                       const T* bias, T* out, const Consume& consume) {
+template <class T, class Weight, class Source, class Row, class Consume>
+void multiply_unpacked(const Source& rows_of_a, int64_t rows, const Weight* w, int64_t K, int C,
+                       const Row& row, const T* bias, T* out, const Consume& consume) {
   using V = Simd<T>;
   constexpr int W = V::kWidth, kGroup = W < 4 ? W : 4;  // rows of w at a time
   alignas(kVectorBytes) T values[kPanelVectors * W];
@@ -198,7 +198,7 @@ void multiply_unpacked(const Source& rows_of_a, int64_t rows, const T* w, int64_
     for (int c = 0; c < C; ++c) {
       V sums[W];
       for (int lane = 0; lane < W; lane += kGroup) {
-        const T* source[kGroup];  // of padding, any row
+        const Weight* source[kGroup];  // of padding, any row
         V sum[kGroup];
         for (int j = 0; j < kGroup; ++j) {
           source[j] = w + std::max<int64_t>(row(c, lane + j), 0) * K;

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "../cells/cell.h"
+#include "../sequence.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
@@ -40,6 +41,7 @@ struct VectorOf<double> {
   typedef int64_t Lanes __attribute__((vector_size(kVectorBytes)));
 };
 typedef int32_t Int32s __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 
 template <class T>
 struct Simd {
@@ -64,6 +66,18 @@ struct Simd {
   FUSEDRNN_HD void store(T* p, int n) const {
     if (n == kWidth) return store(p);
     std::memcpy(p, &v, n * sizeof(T));
+  }
+
+  FUSEDRNN_HD static Simd load(const BFloat16* p) {
+    static_assert(sizeof(T) == sizeof(float));
+    const Int32s lanes = __builtin_convertvector(*reinterpret_cast<const HalfLanes*>(p), Int32s);
+    return Simd(reinterpret_cast<Raw>(lanes << 16));
+  }
+  FUSEDRNN_HD static Simd load(const BFloat16* p, int n) {
+    if (n == kWidth) return load(p);
+    BFloat16 lanes[kWidth] = {};
+    std::memcpy(lanes, p, n * sizeof(BFloat16));
+    return load(lanes);
   }
 
   // As a Pair does, of one row.

@@ -56,7 +56,7 @@ class Buffer {
   void with(int64_t i, F f) {
     switch (number_) {
       case cuda::Number::kBFloat16:
-        return f(reinterpret_cast<device::BFloat16*>(begin())[i]);
+        return f(reinterpret_cast<BFloat16*>(begin())[i]);
       case cuda::Number::kHalf:
         return f(reinterpret_cast<device::Half*>(begin())[i]);
       case cuda::Number::kFloat:

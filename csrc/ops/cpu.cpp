@@ -7,13 +7,15 @@
 namespace fusedrnn {
 namespace {
 
-// Weights as the kernels read them: contiguous and in the compute dtype. Owns what had to be converted.
+// Weights as the kernels read them: contiguous and in the compute dtype, or some of them in bfloat16 if that
+// is allowed. Owns what had to be converted.
 template <class T>
 class KernelWeights {
  public:
-  explicit KernelWeights(const Call& call) {
+  explicit KernelWeights(const Call& call, bool allow_narrow) {
+    const bool narrow = allow_narrow && call.dtype == ScalarType::BFloat16;
     for (int64_t n = 0; n < call.N; ++n)
-      list_.push_back({pointer(call, call.weight_ih, n), pointer(call, call.weight_hh, n),
+      list_.push_back({matrix(call, call.weight_ih, n, narrow), matrix(call, call.weight_hh, n, narrow),
                        pointer(call, call.bias_ih, n), pointer(call, call.bias_hh, n),
                        pointer(call, call.weight_hr, n), call.first_feature(n), call.reverse[n],
                        pointer(call, call.param, n)});
@@ -25,6 +27,11 @@ class KernelWeights {
     if (group.empty()) return nullptr;
     owned_.push_back(dense(to_dtype(group[n], call.compute)));
     return const_data<T>(owned_.back());
+  }
+  Matrix<T> matrix(const Call& call, const Tensors& group, int64_t n, bool narrow) {
+    if (!narrow) return {pointer(call, group, n), nullptr};
+    owned_.push_back(dense(group[n]));
+    return {nullptr, const_data<BFloat16>(owned_.back())};
   }
   Tensors owned_;
   std::vector<Recurrence<T>> list_;
@@ -78,7 +85,7 @@ Rounding rounding_of(ScalarType dtype) {
 template <class T>
 Outputs forward(const Call& call, bool training) {
   const int64_t N = call.N, H = call.H, P = call.P;
-  const KernelWeights<T> weights(call);
+  const KernelWeights<T> weights(call, true);
   Tensor x = to_dtype(call.x, call.compute);
   if (x.size(-1) > 1 && x.stride(-1) != 1) x = dense(x);
   Outputs out;
@@ -128,7 +135,7 @@ Outputs forward(const Call& call, bool training) {
 template <class T>
 Gradients backward(const Call& call, const Incoming& incoming) {
   const int64_t rows = call.rows(), N = call.N, H = call.H, P = call.P, G = call.cell.gates;
-  const KernelWeights<T> weights(call);
+  const KernelWeights<T> weights(call, false);
   Tensors owned;  // what the kernel's pointers point into
   const auto in = [&](const Tensor& t) {
     owned.push_back(dense(to_dtype(t, call.compute)));

@@ -1,6 +1,7 @@
 // The dtypes of tensors in device memory, and their conversions: to nearest even, overflow to infinity.
 #pragma once
 
+#include "../../sequence.h"
 #include "thread.h"
 
 #if defined(__CUDACC__)
@@ -12,9 +13,6 @@
 
 namespace fusedrnn::device {
 
-struct BFloat16 {
-  uint16_t bits;
-};
 struct Half {
   uint16_t bits;
 };
