@@ -7,6 +7,7 @@ backend.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -207,9 +208,10 @@ def check_batch_sizes(batch_sizes: Any, rows: int) -> None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if torch.compiler.is_compiling():  # the values are not known while tracing
         return
-    if (total := int(batch_sizes.sum())) != rows:
+    sizes = batch_sizes.tolist()
+    if (total := sum(sizes)) != rows:
         raise RuntimeError(f"batch_sizes must add up to the rows of the input. Expected {rows}, got {total}")
-    if batch_sizes[-1] <= 0 or (batch_sizes[1:] > batch_sizes[:-1]).any():
+    if sizes[-1] <= 0 or any(size < later for size, later in pairwise(sizes)):
         raise RuntimeError("batch_sizes must be positive and must not increase from step to step")
 
 
