@@ -59,7 +59,7 @@ def test_claims(tmp_path, capsys):
     path = tmp_path / "claims.json"
     assert claims.main(["--quick", "--seconds", "0", "--device", "cpu", "--out", str(path)]) == 0
     found = json.loads(path.read_text())["claims"]
-    assert len(found) == 13
+    assert len(found) == 15
     assert found[0]["holds"] is True  # parameters are counted, not timed
     assert found[0]["found"] == "1:3:4"
     for finding in found:
