@@ -183,20 +183,22 @@ def test_plots_of_series(tmp_path):
     assert path.stat().st_size > 10_000
 
 
-def test_figures_are_of_what_was_measured_side_by_side():
-    """A machine that is twice as slow for the second pair changes none of them."""
+def test_figures_of_a_row():
+    """The built-in pair by pair, what was timed at another moment by the best time of each."""
     row = table.Row("GRU", Shape(1, 1, 1, 1), "inference", "fp32", flop=600, step_bytes=1)
     row.builtin_times, row.fusedrnn_times = [6.0, 12.0], [3.0, 6.0]
-    row.product_flop, row.product_times = 1000, [4.0, 8.0]
-    row.beside_peers_times, row.peer_times = [3.0, 6.0], {"another": [4.5, 9.0]}
+    row.product_flop, row.product_times = 1000, [8.0, 4.0]
+    row.peer_times = {"another": [9.0, 4.5, 100.0]}
     assert row.ratio == (2, 2, 2)
-    assert row.peer_ratio("another") == (1.5, 1.5, 1.5)
+    assert row.peer_ratio("another") == 1.5
     assert row.peer_ratio("absent") is None
-    assert row.share_of_peak(row.fusedrnn_times) == pytest.approx((0.8, 0.8, 0.8))
-    assert row.share_of_peak(row.builtin_times) == pytest.approx((0.4, 0.4, 0.4))
+    assert row.share_of_peak(row.fusedrnn_times) == pytest.approx(0.8)
+    assert row.share_of_peak(row.builtin_times) == pytest.approx(0.4)
     found = table.KernelTable([row], ["fp32", "bf16"], "")
     assert found.peak("fp32") == 250
     assert found.peak("bf16") is None
+    assert found.geometric_mean(peer="another") == pytest.approx(1.5)
+    assert found.geometric_mean() == pytest.approx(2)
 
 
 def test_cache_levels_are_in_order():

@@ -116,12 +116,8 @@ def _row_as_json(row: Row) -> dict[str, Any]:
             "builtin_seconds": row.builtin._asdict(),
             "fusedrnn_seconds": row.fusedrnn._asdict(),
             "ratio": row.ratio._asdict(),
-            "share_of_peak": row.share_of_peak(row.fusedrnn_times)._asdict(),
-            "peer_ratios": {
-                name: ratio._asdict()
-                for name in row.peer_times
-                if (ratio := row.peer_ratio(name)) is not None
-            },
+            "share_of_peak": row.share_of_peak(row.fusedrnn_times),
+            "peer_ratios": {name: row.peer_ratio(name) for name in row.peer_times},
         }
     return figures
 
@@ -148,7 +144,7 @@ def _write_csv(path: Path, table: KernelTable) -> Path:
             memory = (row.builtin_memory, row.fusedrnn_memory)
             speed = row.flop / ours
             times = (row.builtin.median * 1e3, ours * 1e3, ours / row.shape.T * 1e6)
-            figures = (*times, *ratio, speed / 1e9, 100 * row.share_of_peak(row.fusedrnn_times).median)
+            figures = (*times, *ratio, speed / 1e9, 100 * row.share_of_peak(row.fusedrnn_times))
             beside = [row.peer_ratio(name) for name in table.peers]
             writer.writerow(
                 [
@@ -157,7 +153,7 @@ def _write_csv(path: Path, table: KernelTable) -> Path:
                     *(f"{figure:.6g}" for figure in figures),
                     *("" if m is None else f"{m / 1e6:.3f}" for m in memory),
                     "",
-                    *(f"{b.median:.6g}" if b else "" for b in beside),
+                    *(f"{b:.6g}" if b else "" for b in beside),
                 ]
             )
     return path

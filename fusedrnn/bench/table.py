@@ -54,9 +54,8 @@ class Row:
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
     product_flop: int = 0
-    product_times: list[float] = field(default_factory=list)  # of a large product, side by side with both
+    product_times: list[float] = field(default_factory=list)  # of a large product, right after both
     peer_times: dict[str, list[float]] = field(default_factory=dict)
-    beside_peers_times: list[float] = field(default_factory=list)  # ours, side by side with the peers
     peer_faults: dict[str, str] = field(default_factory=dict)  # why a peer has no times
     builtin_memory: int | None = None
     fusedrnn_memory: int | None = None
@@ -74,17 +73,13 @@ class Row:
         """The built-in's time over ours, pair by pair: above 1 ours is the faster one."""
         return timing.spread([a / b for a, b in zip(self.builtin_times, self.fusedrnn_times, strict=True)])
 
-    def share_of_peak(self, times: Sequence[float]) -> timing.Spread:
-        """Operations per second over those of the large product, pair by pair: times are of either of us."""
-        share = self.flop / self.product_flop
-        return timing.spread([share * p / t for p, t in zip(self.product_times, times, strict=True)])
+    def share_of_peak(self, times: Sequence[float]) -> float:
+        """Operations per second over those of the large product, by the best time of each."""
+        return (self.flop / min(times)) / (self.product_flop / min(self.product_times))
 
-    def peer_ratio(self, name: str) -> timing.Spread | None:
-        """A peer's time over ours, pair by pair; None where it has none."""
-        if name not in self.peer_times:
-            return None
-        pairs = zip(self.peer_times[name], self.beside_peers_times, strict=True)
-        return timing.spread([peer / ours for peer, ours in pairs])
+    def peer_ratio(self, name: str) -> float | None:
+        """A peer's time over ours, by the best time of each; None where it has none."""
+        return min(self.peer_times[name]) / min(self.fusedrnn_times) if name in self.peer_times else None
 
 
 @dataclass
@@ -122,13 +117,13 @@ class KernelTable:
     ) -> float | None:
         """Of the ratios, over the padded sequences that have one; None if none has."""
         ratios = [
-            ratio.median
+            ratio
             for row in self.rows
             if not row.faults
             and row.shape.whole
             and cell in (None, row.cell)
             and precision in (None, row.precision)
-            and (ratio := row.peer_ratio(peer) if peer else row.ratio)
+            and (ratio := row.peer_ratio(peer) if peer else row.ratio.median)
         ]
         return timing.geometric_mean(ratios) if ratios else None
 
@@ -190,15 +185,16 @@ def _measure(
         run_ours = partial(call, trio.ours, trio.inputs, mode)
         _gate(row, trio, truth)
         if not row.faults:
-            row.product_flop = product.flop
-            calls, row.method = timing.captured([run_builtin, run_ours, product.call], device)
-            row.builtin_times, row.fusedrnn_times, row.product_times = timing.interleave(
+            calls, row.method = timing.captured([run_builtin, run_ours], device)
+            row.builtin_times, row.fusedrnn_times = timing.interleave(
                 calls,
                 device,
                 seconds=deadline.left / (len(modes) - i + bool(beside)),
                 **least,
                 settle=0.01 if device.type == "cpu" and seconds > 0 else 0.0,
             )
+            row.product_flop = product.flop
+            (row.product_times,) = timing.interleave([product.call], device, seconds=0.1, **least)
             _time_peers(row, beside, cell, trio, truth, deadline.left / (len(modes) - i), **least)
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
@@ -214,15 +210,14 @@ def _time_peers(
     seconds: float,
     **least: Any,
 ) -> None:
-    """Times the peers beside ours, after the built-in: what has a thread pool of its own disturbs others."""
+    """Times the peers, after the built-in and ours: what has a thread pool of its own disturbs both."""
     right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
     if not right:
         return
     device = trio.inputs.x.device
-    calls, _ = timing.captured([partial(call, trio.ours, trio.inputs, row.mode), *right.values()], device)
+    calls, _ = timing.captured([*right.values()], device)
     settle = 0.02 if device.type == "cpu" and seconds > 0 else 0.0
-    ours, *times = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
-    row.beside_peers_times = ours
+    times = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
     row.peer_times = dict(zip(right, times, strict=True))
 
 
@@ -278,14 +273,15 @@ def show(table: KernelTable, console: Console) -> None:
             if mean := table.geometric_mean(precision=precision, peer=peer):
                 console.print(f"Against {peer}:  {mean:.2f}×")
         if peak := table.peak(precision):
-            text = f"Peak: a large {precision} matrix product, measured side by side; at best"
+            text = f"Peak: a large {precision} matrix product, timed after each row; in this run at best"
             console.print(f"{text} {peak / 1e9:.0f} GFLOP/s.\n")
     pairs = [len(row.builtin_times) for row in table.rows if not row.faults] or [0]
     console.print(
         "Ratio: built-in's time / fusedrnn's, above 1 fusedrnn is faster; the median of"
         f" {min(pairs)} to {max(pairs)} side-by-side pairs\n(10th–90th percentile)."
         " Two figures in a column: built-in → fusedrnn."
-        " A peer's column: its time / fusedrnn's.\n"
+        " A peer's column: its time / fusedrnn's; that and\n"
+        "% of peak by the best time of each."
         "W_hh: what each step reads, and the cache of a core that holds it."
         " GFLOP/s: matrix products a call cannot do without.\n"
         f" MB: {table.memory_method}."
@@ -315,11 +311,9 @@ def _cell_table(title: str, rows: Sequence[Row], beside: Sequence[str]) -> Table
             _pair([f"{t * 1e3:.3g}" if t < 1 else f"{t * 1e3:.0f}" for t in times]),
             f"{times[1] / row.shape.T * 1e6:.3g}",
             f"[bold]{_ratio_text(row)}[/] ({ratio.low:.2f}–{ratio.high:.2f})",
-            *(f"{other.median:.2f}×" if (other := row.peer_ratio(name)) else "" for name in beside),
+            *(f"{other:.2f}×" if (other := row.peer_ratio(name)) else "" for name in beside),
             _pair([f"{s / 1e9:.0f}" for s in speeds]),
-            _pair(
-                [f"{100 * row.share_of_peak(t).median:.0f}" for t in (row.builtin_times, row.fusedrnn_times)]
-            ),
+            _pair([f"{100 * row.share_of_peak(t):.0f}" for t in (row.builtin_times, row.fusedrnn_times)]),
             f"{row.step_bytes / 1024:.0f} KB {timing.cache_level(row.step_bytes)}",
             _pair(
                 ["?" if m is None else f"{m / 1e6:.1f}" for m in (row.builtin_memory, row.fusedrnn_memory)]
