@@ -174,7 +174,7 @@ def _measure(
     Results are always checked. Once the budget is overdrawn, a ratio rests on a single pair.
     """
     deadline = timing.Deadline(seconds)
-    least: dict[str, Any] = {"warmup": 1, "min_rounds": 3} if seconds > 0 else {"warmup": 0, "min_rounds": 1}
+    turns = 3 if seconds > 0 else 1
     dtype = accuracy.PRECISIONS[precision].dtype
     trio = make_trio(cell, shape, dtype, device, seed)
     truth = call(trio.referee, trio.inputs.to(torch.float64), "training")
@@ -185,40 +185,48 @@ def _measure(
         run_ours = partial(call, trio.ours, trio.inputs, mode)
         _gate(row, trio, truth)
         if not row.faults:
-            calls, row.method = timing.captured([run_builtin, run_ours], device)
-            row.builtin_times, row.fusedrnn_times = timing.interleave(
-                calls,
-                device,
-                seconds=deadline.left / (len(modes) - i + bool(beside)),
-                **least,
-                settle=0.01 if device.type == "cpu" and seconds > 0 else 0.0,
-            )
+            pair, row.method = timing.captured([run_builtin, run_ours], device)
+            right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
+            others = dict(zip(right, timing.captured([*right.values()], device)[0], strict=True))
             row.product_flop = product.flop
-            (row.product_times,) = timing.interleave([product.call], device, seconds=0.1, **least)
-            _time_peers(row, beside, cell, trio, truth, deadline.left / (len(modes) - i), **least)
+            for turn in range(turns):
+                left = deadline.left / (len(modes) - i) / (turns - turn)
+                _take_turns(row, pair, others, product, device, left, settled=seconds > 0)
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
         yield row
 
 
-def _time_peers(
+def _take_turns(
     row: Row,
-    beside: Sequence[peers.Peer],
-    cell: Cell,
-    trio: Trio,
-    truth: dict[str, Tensor],
+    pair: Sequence[timing.Call],
+    others: dict[str, timing.Call],
+    product: timing.Product,
+    device: torch.device,
     seconds: float,
-    **least: Any,
+    *,
+    settled: bool,
 ) -> None:
-    """Times the peers, after the built-in and ours: what has a thread pool of its own disturbs both."""
-    right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
-    if not right:
-        return
-    device = trio.inputs.x.device
-    calls, _ = timing.captured([*right.values()], device)
-    settle = 0.02 if device.type == "cpu" and seconds > 0 else 0.0
-    times = timing.interleave(calls, device, seconds=seconds, **least, settle=settle)
-    row.peer_times = dict(zip(right, times, strict=True))
+    """Times the built-in and ours side by side, then the product, then the peers.
+
+    What has a thread pool of its own disturbs both. That all have several turns is because a machine that is
+    shared can be twice as slow for a second: each then has a time when it is not.
+    """
+
+    def interleave(calls: Sequence[timing.Call], share: float, settle: float) -> list[list[float]]:
+        settle = settle if settled and device.type == "cpu" else 0.0
+        rounds: dict[str, Any] = {"warmup": int(settled), "min_rounds": 1}
+        return timing.interleave(calls, device, seconds=share * seconds, **rounds, settle=settle)
+
+    share = 0.5 if others else 1.0
+    for times, more in zip(
+        (row.builtin_times, row.fusedrnn_times), interleave(pair, share, 0.01), strict=True
+    ):
+        times += more
+    row.product_times += interleave([product.call], 0.0, 0.0)[0]
+    if others:
+        for name, more in zip(others, interleave([*others.values()], share, 0.02), strict=True):
+            row.peer_times.setdefault(name, []).extend(more)
 
 
 def _right(
@@ -273,7 +281,7 @@ def show(table: KernelTable, console: Console) -> None:
             if mean := table.geometric_mean(precision=precision, peer=peer):
                 console.print(f"Against {peer}:  {mean:.2f}×")
         if peak := table.peak(precision):
-            text = f"Peak: a large {precision} matrix product, timed after each row; in this run at best"
+            text = f"Peak: a large {precision} matrix product, which takes its turn in each row; at best"
             console.print(f"{text} {peak / 1e9:.0f} GFLOP/s.\n")
     pairs = [len(row.builtin_times) for row in table.rows if not row.faults] or [0]
     console.print(
@@ -281,7 +289,7 @@ def show(table: KernelTable, console: Console) -> None:
         f" {min(pairs)} to {max(pairs)} side-by-side pairs\n(10th–90th percentile)."
         " Two figures in a column: built-in → fusedrnn."
         " A peer's column: its time / fusedrnn's; that and\n"
-        "% of peak by the best time of each."
+        "% of peak by the best time of each. "
         "W_hh: what each step reads, and the cache of a core that holds it."
         " GFLOP/s: matrix products a call cannot do without.\n"
         f" MB: {table.memory_method}."
