@@ -174,7 +174,7 @@ def _measure(
     Results are always checked. Once the budget is overdrawn, a ratio rests on a single pair.
     """
     deadline = timing.Deadline(seconds)
-    turns = 3 if seconds > 0 else 1
+    turns = 2 if seconds > 0 else 1
     dtype = accuracy.PRECISIONS[precision].dtype
     trio = make_trio(cell, shape, dtype, device, seed)
     truth = call(trio.referee, trio.inputs.to(torch.float64), "training")
@@ -191,13 +191,13 @@ def _measure(
             row.product_flop = product.flop
             for turn in range(turns):
                 left = deadline.left / (len(modes) - i) / (turns - turn)
-                _take_turns(row, pair, others, product, device, left, settled=seconds > 0)
+                _take_turn(row, pair, others, product, device, left, settled=seconds > 0)
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
         yield row
 
 
-def _take_turns(
+def _take_turn(
     row: Row,
     pair: Sequence[timing.Call],
     others: dict[str, timing.Call],
@@ -215,7 +215,8 @@ def _take_turns(
 
     def interleave(calls: Sequence[timing.Call], share: float, settle: float) -> list[list[float]]:
         settle = settle if settled and device.type == "cpu" else 0.0
-        rounds: dict[str, Any] = {"warmup": int(settled), "min_rounds": 1}
+        warmup = int(settled and not row.builtin_times)
+        rounds: dict[str, Any] = {"warmup": warmup, "min_rounds": 1 + int(settled)}
         return timing.interleave(calls, device, seconds=share * seconds, **rounds, settle=settle)
 
     share = 0.5 if others else 1.0
