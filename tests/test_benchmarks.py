@@ -185,7 +185,7 @@ def test_plots_of_series(tmp_path):
 
 def test_figures_of_a_row():
     """The built-in pair by pair, what was timed at another moment by the best time of each."""
-    row = table.Row("GRU", Shape(1, 1, 1, 1), "inference", "fp32", flop=600, step_bytes=1)
+    row = table.Row("GRU", Shape(9, 1, 1, 1), "inference", "fp32", flop=600, step_bytes=1)
     row.builtin_times, row.fusedrnn_times = [6.0, 12.0], [3.0, 6.0]
     row.product_flop, row.product_times = 1000, [8.0, 4.0]
     row.peer_times = {"another": [9.0, 4.5, 100.0]}
