@@ -165,18 +165,15 @@ class Product(NamedTuple):
 
 def fastest_product(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Product:
     """The size with the most operations per second within ``seconds``: which it is depends on the machine."""
-    best: tuple[float, Product] | None = None
+    measured: list[tuple[float, Product]] = []
     sizes = (4096, 8192) if device.type == "cuda" else (768, 1152, 1536)
     for size in sizes:
         a = torch.randn(size, size, device=device, dtype=dtype)
         b = torch.randn(size, size, device=device, dtype=dtype)
         product = Product(partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * size**3)
         (times,) = interleave([product.call], device, seconds=seconds / len(sizes), min_rounds=3)
-        speed = product.flop / min(times)
-        if best is None or speed > best[0]:
-            best = speed, product
-    assert best is not None
-    return best[1]
+        measured.append((product.flop / min(times), product))
+    return max(measured, key=lambda m: m[0])[1]
 
 
 def cache_level(size: int) -> str:
