@@ -16,7 +16,7 @@ enum class CellId : int64_t { kLstm = 0, kGru = 1, kRnnTanh = 2, kRnnRelu = 3, k
 
 inline constexpr int kMaxStates = 2;
 
-// How h is rounded at every step: to the dtype of the caller's tensors.
+// How h is rounded at every step: to the dtype of the caller's tensors, of which x and h0 are.
 enum class Rounding { kNone, kBFloat16, kHalf };
 
 struct Steps {

@@ -122,10 +122,10 @@ def _cpu_kernels() -> str:
 
     try:
         call: Any = (zeros(1, 1, 1)[0], zeros(1, 1, 1), zeros(1, 1), zeros(1, 1), [], [], [], [False], None)
-        *_, vector_bytes = ops.plan("cpu", CELLS["rnn_tanh"], *call, backward=False)
+        *_, isa = ops.plan("cpu", CELLS["rnn_tanh"], *call, backward=False)
     except RuntimeError as error:
         return f"none: {error}"
-    return {64: "avx512", 32: "avx2"}.get(vector_bytes, "portable")
+    return env.CPU_ISAS[isa]
 
 
 def _gpus() -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 BACKEND = "FUSEDRNN_BACKEND"
-# Read by csrc/cpu/dispatch.cpp: avx512, avx2 or portable, instead of the widest the processor runs.
+# Read by csrc/cpu/dispatch.cpp: one of CPU_ISAS, instead of the widest the processor runs.
 CPU_ISA = "FUSEDRNN_CPU_ISA"
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # csrc/cpu/kernels.h has the same
 # Read at every call by csrc/ops/schedule.cpp: how the CUDA kernels run a sequence. ``stepwise`` is the kill
 # switch of the persistent kernels; ``block``, ``cluster`` and ``grid`` demand one of them, or an error. The
 # triton backend reads it too and knows all of these but ``cluster``; ``grid:16``, ``grid:32`` and ``grid:64``

@@ -249,8 +249,9 @@ def _pass(
 def _cpu_pass(
     direction: str, sizes: dict[str, int], dtype: torch.dtype, cell: Cell, figures: list[int]
 ) -> PassPlan:
-    threads, chunks, slices, vector = figures
-    element = compute_dtype(dtype).itemsize
+    threads, chunks, slices, vector, isa = figures
+    pairs = direction == "forward" and dtype == torch.bfloat16 and env.CPU_ISAS[isa] == "avx512bf16"
+    element = (dtype if pairs else compute_dtype(dtype)).itemsize
     weights = cell.gates * sizes["H"] * (sizes["P"] or sizes["H"]) * element
     tiles = {"threads": threads, "batch_chunks": chunks, "unit_slices": slices, "vector_bytes": vector}
     return PassPlan(direction, "resident", tiles=tiles, on_chip={"cache": -(-weights // slices)})

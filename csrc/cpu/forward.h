@@ -3,21 +3,25 @@
 //
 // W_ih x is multiplied by the same tiles, for a few steps at a time, so that it is still in cache when the
 // cell asks for it.
+//
+// Products take their factors as operands E: values as they are, or, where all of them are values of
+// bfloat16, pairs of these. Rows of x and h are then written as pairs when they are about to be multiplied.
 #pragma once
 
 #include "schedule.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-template <class Cell, class T>
+template <class Cell, class T, class E = T>
 class ForwardPass {
   using V = Simd<T>;
-  static_assert(CellOn<Cell, V>);
+  static_assert(CellOn<Cell, V> && Simd<E>::kWidth == V::kWidth);
   static constexpr int W = V::kWidth, G = Cell::kGates;
   // Vectors of units side by side: one where the gates fill the tile.
   static constexpr int kUnits = G == 1 ? kPanelVectors : 1;
   // So few rows that reading the weights where they are costs less than packing them.
   static constexpr int64_t kUnpackedRows = 8;
+  static constexpr bool kConverted = !std::is_same_v<E, T>;
   // W_hh that is read from the third cache at every step, by a single row, is read as fast where it is.
   static constexpr int64_t kUnpackedBytes = int64_t{1} << 20;
 
@@ -29,14 +33,19 @@ class ForwardPass {
         blocks_((unit_vectors_ + kUnits - 1) / kUnits),
         window_(window(plan)),
         packed_ih_(p.steps.rows() > kUnpackedRows),
-        packed_hh_(packed_ih_ && (p.steps.B > 1 || G * p.H * p.P * static_cast<int64_t>(sizeof(T)) <=
-                                                       plan.unit_slices * kUnpackedBytes)),
+        packed_hh_(packed_ih_ &&
+                   (p.steps.B > 1 || G * p.H * operands_for<E>(p.P) * static_cast<int64_t>(sizeof(E)) <=
+                                         plan.unit_slices * kUnpackedBytes)),
         in_passing_(packed_ih_ && window_ == p.steps.T && plan.row_chunks == 1),
         projection_{p.P, p.H},
-        weights_ih_(packed_ih_ ? p.N * (in_passing_ ? plan.unit_slices * G * kUnits * W : width()) * p.I : 0),
-        weights_hh_(packed_hh_ ? p.N * width() * p.P : 0),
+        weights_ih_(packed_ih_ ? p.N * (in_passing_ ? plan.unit_slices * G * kUnits * W : width()) *
+                                     operands_for<E>(p.I)
+                               : 0),
+        weights_hh_(packed_hh_ ? p.N * width() * operands_for<E>(p.P) : 0),
         bias_(2 * p.N * width()),
         inputs_(plan.unit_slices * p.N * p.steps.B * window_),
+        row_operands_(std::max(window_ * operands_for<E>(p.I), operands_for<E>(p.P))),
+        operands_(kConverted ? plan.unit_slices * p.N * p.steps.B * row_operands_ : 0),
         gx_(p.N * p.steps.B * window_ * width()),
         gh_(kUnits == 1 ? p.N * p.steps.B * width() : 0),
         projections_(projected() ? p.N * projection_.size() : 0),
@@ -51,7 +60,7 @@ class ForwardPass {
     layout_.run(pool, p.steps.T, [&](const Job& job, int64_t i, int64_t slice) {
       const auto blocks = layout_.slice_of(blocks_, slice);
       if (i % window_ == 0) project_input(job, i, slice, blocks);
-      step(job, i, blocks);
+      step(job, i, slice, blocks);
     });
     gather_final();
   }
@@ -90,8 +99,9 @@ class ForwardPass {
     const int C = G * units(block);
     const auto source = source_of(block);
     if (packed_ih_ && !in_passing_)
-      pack(w.weight_ih, p_.I, C, weights_ih_.get() + panel(n, block, p_.I), source);
-    if (packed_hh_) pack(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, p_.P), source);
+      pack(w.weight_ih, p_.I, C, weights_ih_.get() + panel(n, block, operands_for<E>(p_.I)), source);
+    if (packed_hh_)
+      pack(w.weight_hh, p_.P, C, weights_hh_.get() + panel(n, block, operands_for<E>(p_.P)), source);
     T* out = bias_.get() + panel(n, block, 2);  // of gx, then of gh
     for (const T* bias : {w.bias_ih, w.bias_hh})
       for (int c = 0; c < C; ++c)
@@ -102,25 +112,35 @@ class ForwardPass {
   // Calls f with where the values of a matrix are.
   template <class F>
   static void with_values(const Matrix<T>& w, const F& f) {
-    if constexpr (sizeof(T) == sizeof(float))
-      if (w.narrow) return f(w.narrow);
-    f(w.wide);
+    if constexpr (kConverted) {
+      f(w.narrow);
+    } else {
+      if constexpr (sizeof(T) == sizeof(float))
+        if (w.narrow) return f(w.narrow);
+      f(w.wide);
+    }
   }
   template <class Row>
-  static void pack(const Matrix<T>& w, int64_t K, int C, T* panel, const Row& row) {
+  static void pack(const Matrix<T>& w, int64_t K, int C, E* panel, const Row& row) {
     with_values(w, [&](const auto* values) { pack_rows(values, K, C, panel, row); });
   }
 
   // Rows of a times the weights of a block, plus its bias, as multiply() does it: by its panel, or by the
   // weights as they are if that is null.
   template <class Source, class Consume>
-  void product(const Source& a, int64_t rows, const Matrix<T>& weights, const T* panel, int64_t K,
+  void product(const Source& a, int64_t rows, const Matrix<T>& weights, const E* panel, int64_t K,
                int64_t block, const T* bias, T* out, const Consume& consume) const {
     const int C = G * units(block);
-    if (panel) return multiply(a, rows, panel, K, C, bias, out, consume);
+    if (panel) return multiply(a, rows, panel, operands_for<E>(K), C, bias, out, consume);
     with_values(weights, [&](const auto* values) {
-      multiply_unpacked(a, rows, values, K, C, source_of(block), bias, out, consume);
+      multiply_unpacked<E>(a, rows, values, K, C, source_of(block), bias, out, consume);
     });
+  }
+
+  // Where a slice of recurrence n has the operands of its rows from b on, if they are not the values
+  // themselves.
+  E* operands(int64_t n, int64_t slice, int64_t b) const {
+    return operands_.get() + ((slice * p_.N + n) * p_.steps.B + b) * row_operands_;
   }
 
   int64_t rows_end(const Job& job, int64_t t) const { return std::min(job.b1, p_.steps.count(t)); }
@@ -146,32 +166,47 @@ class ForwardPass {
   // W_ih x + b_ih of the steps of a window from step i.
   void project_input(const Job& job, int64_t i, int64_t slice, Range blocks) const {
     const int64_t I = p_.I, n = job.n, B = p_.steps.B;
-    const T** x = inputs_.get() + ((slice * p_.N + n) * B + job.b0) * window_;  // their rows of x
+    const E** x = inputs_.get() + ((slice * p_.N + n) * B + job.b0) * window_;  // their rows of x
     int64_t rows = 0;
     for (const int64_t end = std::min(i + window_, p_.steps.T); i < end; ++i) {
       const int64_t t = layout_.time(n, i);
       const T* source = p_.x + (p_.steps.offsets ? p_.steps.offset(t) * p_.x_row : t * p_.x_step);
-      for (int64_t b = job.b0; b < rows_end(job, t); ++b)
-        x[rows++] = source + b * p_.x_row + p_.recurrences[n].input;
+      for (int64_t b = job.b0; b < rows_end(job, t); ++b, ++rows) {
+        const T* const row = source + b * p_.x_row + p_.recurrences[n].input;
+        if constexpr (kConverted)
+          x[rows] = convert(row, I, operands(n, slice, job.b0) + rows * operands_for<E>(I));
+        else
+          x[rows] = row;
+      }
     }
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const Matrix<T>& weights = p_.recurrences[n].weight_ih;
-      T* const packed = !packed_ih_   ? nullptr
-                        : in_passing_ ? weights_ih_.get() + (slice * p_.N + n) * G * kUnits * W * I
-                                      : weights_ih_.get() + panel(n, block, I);
+      E* const packed = !packed_ih_ ? nullptr
+                        : in_passing_
+                            ? weights_ih_.get() + (slice * p_.N + n) * G * kUnits * W * operands_for<E>(I)
+                            : weights_ih_.get() + panel(n, block, operands_for<E>(I));
       if (in_passing_) pack(weights, I, G * units(block), packed, source_of(block));
       product(x, rows, weights, packed, I, block, bias_.get() + panel(n, block, 2), gx(job, block),
               [](int64_t, int64_t, const T*) {});
     }
   }
 
-  // h of the rows [b0, b1) before a step.
+  // h of the rows [b0, b1) before a step, and the operands of these rows.
   struct Segment {
     Rows<const T> h;
     int64_t b0, b1;
+    Rows<const E> operands;
   };
+  Segment segment(int64_t n, int64_t slice, const Rows<const T>& h, int64_t b0, int64_t b1) const {
+    if constexpr (kConverted) {
+      for (int64_t b = b0; b < b1; ++b) convert(h[b], p_.P, operands(n, slice, b));
+      return {h, b0, b1, {operands(n, slice, b0), row_operands_}};
+    } else {
+      return {h, b0, b1, {h[b0], h.ld}};
+    }
+  }
 
-  void step(const Job& job, int64_t i, Range blocks) const {
+  void step(const Job& job, int64_t i, int64_t slice, Range blocks) const {
     const int64_t N = p_.N, P = p_.P, n = job.n, B = p_.steps.B;
     const int64_t t = layout_.time(n, i), first = p_.steps.offset(t), end = rows_end(job, t);
     if (job.b0 >= end) return;
@@ -180,15 +215,17 @@ class ForwardPass {
     const Rows<const T> running{p_.y + (before.offset * N + n) * P, N * P};
     const Rows<const T> initial{p_.h0 + n * B * P, P};
     const Rows<T> out = hidden_rows(n, t);
+    const Segment segments[] = {segment(n, slice, running, job.b0, alive),
+                                segment(n, slice, initial, alive, end)};
     const bool one_row = kUnits == 1 && end - job.b0 == 1;
     for (int64_t j = 0; j < blocks.end - blocks.begin; ++j) {
       // To and fro: what does not fit the cache is at least partly in it when the next step begins there.
       const int64_t block = i % 2 ? blocks.end - 1 - j : blocks.begin + j, C = G * units(block);
       const T* bias = bias_.get() + panel(n, block, 2) + C * W;
       const T* gx_tiles = gx(job, block) + (row - job.b0) * C * W;
-      const T* packed = packed_hh_ ? weights_hh_.get() + panel(n, block, P) : nullptr;
-      for (const auto& [h, b0, b1] : {Segment{running, job.b0, alive}, Segment{initial, alive, end}})
-        product(Rows<const T>{h[b0], h.ld}, b1 - b0, p_.recurrences[n].weight_hh, packed, P, block, bias,
+      const E* packed = packed_hh_ ? weights_hh_.get() + panel(n, block, operands_for<E>(P)) : nullptr;
+      for (const auto& [h, b0, b1, operands] : segments)
+        product(operands, b1 - b0, p_.recurrences[n].weight_hh, packed, P, block, bias,
                 one_row ? gh_row(job, block) : nullptr,
                 [&, h = h, b0 = b0](int64_t r, int64_t rows, const T* gh) {
                   const int64_t b = b0 + r;
@@ -358,8 +395,11 @@ class ForwardPass {
   // Panels of W_ih and W_hh are made beforehand; those of W_ih, if every one is used only once, in passing.
   const bool packed_ih_, packed_hh_, in_passing_;
   const Panels<T> projection_;  // [H] -> [P]
-  const Buffer<T> weights_ih_, weights_hh_, bias_;
-  const Buffer<const T*> inputs_;
+  const Buffer<E> weights_ih_, weights_hh_;
+  const Buffer<T> bias_;
+  const Buffer<const E*> inputs_;
+  const int64_t row_operands_;  // of a row of the batch: x in a window and, when that is done, h
+  const Buffer<E> operands_;
   const Buffer<T> gx_, gh_, projections_, scratch_;
 };
 

@@ -18,14 +18,19 @@ struct KernelsOf {
   void (*backward)(CellId, const BackwardParams<T>&, const ResidentPlan&, const ThreadPool&);
 };
 
+// The instruction sets, from the narrowest on. fusedrnn/env.py has the same.
+enum class Isa { portable, avx2, avx512, avx512bf16 };
+inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
 struct Kernels {
-  const char* isa;
+  Isa isa;
   int vector_bytes;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
   // Applies a function of cpu/simd.h to n floats, in place, for its accuracy tests.
   void (*apply)(const char* function, float* values, int64_t n);
 
+  const char* name() const { return kIsaNames[static_cast<int>(isa)]; }
   template <class T>
   const KernelsOf<T>& of() const {
     if constexpr (sizeof(T) == sizeof(float))
@@ -43,6 +48,9 @@ extern const Kernels kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
+}
+namespace avx512bf16 {  // as avx512, but for this
+void forward(CellId, const ForwardParams<float>&, const ResidentPlan&, const ThreadPool&);
 }
 
 // The widest set this processor runs, or the one FUSEDRNN_CPU_ISA names; throws std::runtime_error if the

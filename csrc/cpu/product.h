@@ -1,5 +1,9 @@
 // Matrix products of a few rows with packed weights: the tile that holds its accumulators in registers, and
 // the packing it reads. A panel covers C vectors of columns and holds, for each k in turn, those C vectors.
+//
+// Sums are of T; what is multiplied are operands E: values of T, or pairs of bfloat16 (bfloat16_pairs.h), of
+// which a lane of T holds one. K counts operands where both factors are made of them, and values where a
+// factor is a matrix as the caller has it.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +25,14 @@ inline constexpr int kTileRows = sizeof(T) == sizeof(double)               ? 2
                                  : (kRegisters - C - 2) / C < kMaxTileRows ? (kRegisters - C - 2) / C
                                                                            : kMaxTileRows;
 
+// Values in an operand, and operands for so many values: the last may be filled up with a zero.
+template <class E>
+inline constexpr int kValuesOf = 1;
+template <class E>
+constexpr int64_t operands_for(int64_t values) {
+  return (values + kValuesOf<E> - 1) / kValuesOf<E>;
+}
+
 // Rows of a matrix: row b begins at p + b * ld.
 template <class T>
 struct Rows {
@@ -30,11 +42,11 @@ struct Rows {
 };
 
 // out[r][c] = bias[c] + sum over k of rows[r][k] * panel[k][c], for R rows and C vectors; bias may be null.
-template <class T, int R, int C>
-__attribute__((noinline)) void product_tile(const T* const* rows, const T* panel, int64_t K, const T* bias,
+template <int R, int C, class E, class T>
+__attribute__((noinline)) void product_tile(const E* const* rows, const E* panel, int64_t K, const T* bias,
                                             T* out) {
   constexpr int W = Simd<T>::kWidth, kAhead = 16 * W;
-  const T* a[R];
+  const E* a[R];
   Simd<T> acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = rows[r];
@@ -45,17 +57,17 @@ __attribute__((noinline)) void product_tile(const T* const* rows, const T* panel
     for (int r = 0; r < R; ++r) acc[r][c] = start;
   }
   for (int64_t k = 0; k < K; ++k, panel += C * W) {
-    Simd<T> b[C];
+    Simd<E> b[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      b[c] = Simd<T>::load(panel + c * W);
+      b[c] = Simd<E>::load(panel + c * W);
       __builtin_prefetch(panel + kAhead + c * W);  // it comes from the second cache, faster if asked for
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Simd<T> s(a[r][k]);
+      const Simd<E> s(a[r][k]);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] = acc[r][c] + s * b[c];
+      for (int c = 0; c < C; ++c) acc[r][c] = multiply_add(acc[r][c], s, b[c]);
     }
   }
 #pragma GCC unroll 8
@@ -66,8 +78,8 @@ __attribute__((noinline)) void product_tile(const T* const* rows, const T* panel
 
 // The same for one row, by weights whose rows begin ld apart. Several sums for each column, because a single
 // one would wait for its own last addition at every k.
-template <class T, int C>
-__attribute__((noinline)) void product_row(const T* a, const T* weights, int64_t ld, int64_t K, const T* bias,
+template <int C, class E, class T>
+__attribute__((noinline)) void product_row(const E* a, const E* weights, int64_t ld, int64_t K, const T* bias,
                                            T* out) {
   using V = Simd<T>;
   constexpr int W = V::kWidth, kSums = C * 4 <= kRegisters / 2 ? 4 : C * 2 <= kRegisters / 2 ? 2 : 1;
@@ -82,13 +94,15 @@ __attribute__((noinline)) void product_row(const T* a, const T* weights, int64_t
   for (; k + kSums <= K; k += kSums, weights += kSums * ld)
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
-      const V s(a[k + i]);
+      const Simd<E> s(a[k + i]);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) acc[i][c] = acc[i][c] + s * V::load(weights + i * ld + c * W);
+      for (int c = 0; c < C; ++c)
+        acc[i][c] = multiply_add(acc[i][c], s, Simd<E>::load(weights + i * ld + c * W));
     }
   for (; k < K; ++k, weights += ld)
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) acc[0][c] = acc[0][c] + V(a[k]) * V::load(weights + c * W);
+    for (int c = 0; c < C; ++c)
+      acc[0][c] = multiply_add(acc[0][c], Simd<E>(a[k]), Simd<E>::load(weights + c * W));
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 4
@@ -108,8 +122,8 @@ FUSEDRNN_HD void with_count(int64_t count, const F& f) {
 // The product of the rows a[0], a[1], ... with a panel of C vectors, in tiles as even as they can be. Each
 // goes to consume(first_row, tile_rows, values [tile_rows, C, W]) while it is in the first cache. They are
 // left one after another in out; or nowhere, if that is null.
-template <class T, class Source, class Consume>
-void multiply(const Source& a, int64_t rows, const T* panel, int64_t K, int C, const T* bias, T* out,
+template <class E, class T, class Source, class Consume>
+void multiply(const Source& a, int64_t rows, const E* panel, int64_t K, int C, const T* bias, T* out,
               const Consume& consume) {
   alignas(kVectorBytes) T values[kMaxTileRows * kPanelVectors * Simd<T>::kWidth];
   with_count<kPanelVectors>(C, [&](auto vectors) {
@@ -119,11 +133,11 @@ void multiply(const Source& a, int64_t rows, const T* panel, int64_t K, int C, c
       T* const tile = out ? out + first * C * Simd<T>::kWidth : values;
       with_count<kRows>(size, [&](auto tile_rows) {
         if constexpr (tile_rows() == 1) {
-          product_row<T, vectors()>(a[first], panel, vectors() * Simd<T>::kWidth, K, bias, tile);
+          product_row<vectors()>(a[first], panel, vectors() * Simd<T>::kWidth, K, bias, tile);
         } else {
-          const T* sources[tile_rows()];
+          const E* sources[tile_rows()];
           for (int r = 0; r < tile_rows(); ++r) sources[r] = a[first + r];
-          product_tile<T, tile_rows(), vectors()>(sources, panel, K, bias, tile);
+          product_tile<tile_rows(), vectors()>(sources, panel, K, bias, tile);
         }
       });
       consume(first, size, tile);
@@ -166,34 +180,39 @@ FUSEDRNN_HD void transpose(Simd<T> (&rows)[Simd<T>::kWidth]) {
   if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
 }
 
-// panel[k][c][lane] = w[row(c, lane)][k]: rows of w become columns. `row` yields -1 for padding.
-template <class T, class Weight, class Row>
-void pack_rows(const Weight* w, int64_t K, int C, T* panel, const Row& row) {
-  constexpr int W = Simd<T>::kWidth;
-  for (int64_t k = 0; k < K; k += W) {
-    const int lanes = static_cast<int>(K - k < W ? K - k : W);
+// panel[k][c][lane] = w[row(c, lane)][k]: rows of w, of K values, become columns of operands. `row` yields -1
+// for padding.
+template <class E, class Weight, class Row>
+void pack_rows(const Weight* w, int64_t K, int C, E* panel, const Row& row) {
+  constexpr int W = Simd<E>::kWidth, kBlock = W * kValuesOf<E>;
+  for (int64_t k = 0; k < K; k += kBlock) {
+    const int values = static_cast<int>(K - k < kBlock ? K - k : kBlock);
     for (int c = 0; c < C; ++c) {
-      Simd<T> block[W];
+      Simd<E> block[W];
       for (int lane = 0; lane < W; ++lane) {
         const int64_t source = row(c, lane);
-        block[lane] = source < 0 ? Simd<T>(T(0)) : Simd<T>::load(w + source * K + k, lanes);
-        __builtin_prefetch(w + std::max<int64_t>(source, 0) * K + k + 4 * W);  // more streams than are seen
+        block[lane] = source < 0 ? Simd<E>(E(0)) : Simd<E>::load(w + source * K + k, values);
+        __builtin_prefetch(w + std::max<int64_t>(source, 0) * K + k +
+                           4 * kBlock);  // more streams than are seen
       }
       transpose(block);
-      for (int j = 0; j < lanes; ++j) block[j].store(panel + ((k + j) * C + c) * W);
+      for (int j = 0; j < operands_for<E>(values); ++j)
+        block[j].store(panel + ((k / kValuesOf<E> + j) * C + c) * W);
     }
   }
 }
 
-// As multiply(), by weights that are not packed: lane j of vector c is the product with row(c, j) of w.
-template <class T, class Weight, class Source, class Row, class Consume>
+// As multiply(), by weights that are not packed: lane j of vector c is the product with row(c, j) of w, of K
+// values.
+template <class E, class T, class Weight, class Source, class Row, class Consume>
 void multiply_unpacked(const Source& rows_of_a, int64_t rows, const Weight* w, int64_t K, int C,
                        const Row& row, const T* bias, T* out, const Consume& consume) {
   using V = Simd<T>;
   constexpr int W = V::kWidth, kGroup = W < 4 ? W : 4;  // rows of w at a time
+  constexpr int kValues = kValuesOf<E>, kBlock = W * kValues;
   alignas(kVectorBytes) T values[kPanelVectors * W];
   for (int64_t r = 0; r < rows; ++r) {
-    const T* const a = rows_of_a[r];
+    const E* const a = rows_of_a[r];
     T* const tile = out ? out + r * C * W : values;
     for (int c = 0; c < C; ++c) {
       V sums[W];
@@ -204,11 +223,13 @@ void multiply_unpacked(const Source& rows_of_a, int64_t rows, const Weight* w, i
           source[j] = w + std::max<int64_t>(row(c, lane + j), 0) * K;
           sum[j] = V(T(0));
         }
-        for (int64_t k = 0; k + W <= K; k += W)
-          for (int j = 0; j < kGroup; ++j) sum[j] = sum[j] + V::load(a + k) * V::load(source[j] + k);
-        if (const int64_t done = K / W * W; done < K)
+        for (int64_t k = 0; (k + W) * kValues <= K; k += W)
           for (int j = 0; j < kGroup; ++j)
-            sum[j] = sum[j] + V::load(a + done, K - done) * V::load(source[j] + done, K - done);
+            sum[j] = multiply_add(sum[j], Simd<E>::load(a + k), Simd<E>::load(source[j] + k * kValues));
+        if (const int64_t done = K / kBlock * kBlock, left = K - done; left > 0)
+          for (int j = 0; j < kGroup; ++j)
+            sum[j] = multiply_add(sum[j], Simd<E>::load(a + done / kValues, operands_for<E>(left)),
+                                  Simd<E>::load(source[j] + done, left));
         for (int j = 0; j < kGroup; ++j) sums[lane + j] = sum[j];
       }
       transpose(sums);
@@ -229,7 +250,7 @@ void multiply_row(const T* a, const T* w, int64_t ld, int64_t K, int64_t columns
   constexpr int W = Simd<T>::kWidth;
   alignas(kVectorBytes) T values[C * W];
   for (; columns >= C * W; columns -= C * W, w += C * W, out += C * W) {
-    product_row<T, C>(a, w, ld, K, static_cast<const T*>(nullptr), values);
+    product_row<C>(a, w, ld, K, static_cast<const T*>(nullptr), values);
     for (int c = 0; c < C; ++c) store(Simd<T>::load(values + c * W), out + c * W, W);
   }
   if constexpr (C > 1)

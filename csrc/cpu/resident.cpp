@@ -1,33 +1,10 @@
 // The resident schedule, compiled once per instruction set.
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
 #include "backward.h"
 #include "forward.h"
+#include "run.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 namespace {
-
-template <template <class, class> class Pass, class T, class Params>
-void run(CellId cell, const Params& params, const ResidentPlan& plan, const ThreadPool& pool) {
-  switch (cell) {
-    case CellId::kLstm:
-      Pass<Lstm, T>(params, plan, pool);
-      break;
-    case CellId::kGru:
-      Pass<Gru, T>(params, plan, pool);
-      break;
-    case CellId::kRnnTanh:
-      Pass<RnnTanh, T>(params, plan, pool);
-      break;
-    case CellId::kRnnRelu:
-      Pass<RnnRelu, T>(params, plan, pool);
-      break;
-    case CellId::kLstmPeephole:
-      Pass<LstmPeephole, T>(params, plan, pool);
-      break;
-  }
-}
 
 template <class T>
 constexpr KernelsOf<T> kernels_of() {
@@ -47,12 +24,9 @@ void apply(const char* function, float* values, int64_t n) {
   }
 }
 
-#define FUSEDRNN_STRING_(x) #x
-#define FUSEDRNN_STRING(x) FUSEDRNN_STRING_(x)
-
 }  // namespace
 
-extern const Kernels kernels{FUSEDRNN_STRING(FUSEDRNN_ISA), kVectorBytes, kernels_of<float>(),
-                             kernels_of<double>(), apply};
+extern const Kernels kernels{Isa::FUSEDRNN_ISA, kVectorBytes, kernels_of<float>(), kernels_of<double>(),
+                             apply};
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -91,6 +91,11 @@ struct Simd {
 };
 
 template <class T>
+FUSEDRNN_HD Simd<T> multiply_add(Simd<T> sum, Simd<T> a, Simd<T> b) {
+  return sum + a * b;
+}
+
+template <class T>
 FUSEDRNN_HD Simd<T> where_less(Simd<T> a, Simd<T> b, Simd<T> x, Simd<T> y) {
   return Simd<T>(a.v < b.v ? x.v : y.v);
 }

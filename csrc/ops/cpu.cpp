@@ -64,8 +64,10 @@ struct Schedule {
 };
 
 template <class T>
-Schedule schedule_of(const Call& call) {
-  return Schedule(call, kernels().vector_bytes / sizeof(T), sizeof(T));
+Schedule schedule_of(const Call& call, bool backward) {
+  const bool pairs =  // of bfloat16, as the weights came
+      !backward && call.dtype == ScalarType::BFloat16 && kernels().isa == Isa::avx512bf16;
+  return Schedule(call, kernels().vector_bytes / sizeof(T), pairs ? sizeof(BFloat16) : sizeof(T));
 }
 
 // A copy in the compute dtype.
@@ -124,7 +126,7 @@ Outputs forward(const Call& call, bool training) {
     }
   }
   if (call.rows() > 0) {
-    const Schedule schedule = schedule_of<T>(call);
+    const Schedule schedule = schedule_of<T>(call, false);
     kernels().of<T>().forward(call.id, p, schedule.plan, schedule.pool);
   }
   out.y = to_dtype(out.y, call.dtype);
@@ -187,7 +189,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
     p.dbias_hh = dbias_hh.data();
   }
   if (rows > 0) {
-    const Schedule schedule = schedule_of<T>(call);
+    const Schedule schedule = schedule_of<T>(call, true);
     kernels().of<T>().backward(call.id, p, schedule.plan, schedule.pool);
   }
   Gradients grads = gradients_of(call, incoming, sweep);
@@ -210,11 +212,12 @@ Gradients backward(const Call& call, const Incoming& incoming) {
                                             : backward<float>(call, incoming);
 }
 
-// Threads, chunks of the batch, slices of the hidden units, bytes of a vector: both passes have the same.
-std::vector<int64_t> plan_of(const Call& call, bool) {
-  const Schedule schedule =
-      call.compute == ScalarType::Double ? schedule_of<double>(call) : schedule_of<float>(call);
-  return {schedule.threads, schedule.plan.row_chunks, schedule.plan.unit_slices, kernels().vector_bytes};
+// Threads, chunks of the batch, slices of the hidden units, bytes of a vector, the instruction set.
+std::vector<int64_t> plan_of(const Call& call, bool backward) {
+  const Schedule schedule = call.compute == ScalarType::Double ? schedule_of<double>(call, backward)
+                                                               : schedule_of<float>(call, backward);
+  return {schedule.threads, schedule.plan.row_chunks, schedule.plan.unit_slices, kernels().vector_bytes,
+          static_cast<int64_t>(kernels().isa)};
 }
 
 }  // namespace fusedrnn

@@ -10,6 +10,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "../cpu/kernels.h"
+#include "bf16_dot.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -123,10 +124,22 @@ PYBIND11_MODULE(_testing, m) {
   bind_cell<LstmPeephole>(m, "lstm_peephole");
   bind_cell<RnnTanh>(m, "rnn_tanh");
   bind_cell<RnnRelu>(m, "rnn_relu");
-  m.def("isa", [] { return kernels().isa; });
+  m.def("isa", [] { return kernels().name(); });
   m.def("apply", [](const char* function, std::vector<float> values) {
     kernels().apply(function, values.data(), static_cast<int64_t>(values.size()));
     return values;
+  });
+  m.def("emulate_bf16_dot", emulate_bf16_dot);
+  m.def("bf16_dots", bf16_dots);
+  m.def("bf16_dot_forms", [] {
+    std::vector<std::string> names;
+    for (const DotForm& form : dot_forms()) names.push_back(form.name);
+    return names;
+  });
+  m.def("bf16_dot", [](const std::string& name, DotLanes sum, const DotLanes& a, const DotLanes& b) {
+    for (const DotForm& form : dot_forms())
+      if (name == form.name) form.run(sum.data(), a.data(), b.data());
+    return sum;
   });
   m.def("plan_resident", [](int64_t N, int64_t B, int64_t H, int64_t bytes_hh, bool projected,
                             int64_t units_per_slice, int64_t threads, int64_t cache_bytes) {
