@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import fusedrnn
+from fusedrnn import env
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
@@ -137,13 +138,16 @@ def test_libraries_carry_no_path_of_the_builder(libraries):
 def test_wide_instructions_stay_in_their_namespace(installed):
     """An inline function that the wide objects share with the rest must not be taken from them."""
     code = succeed("objdump", "-d", "--no-show-raw-insn", installed / "fusedrnn/lib/libfusedrnn_cpu.so")
+    namespaces = "|".join(f"{len(isa)}{isa}" for isa in env.CPU_ISAS if isa != "portable")
     function, wide, misplaced = "", 0, set()
     for line in code.splitlines():
         if header := re.match(r"[0-9a-f]+ <(.+)>:$", line):
             function = header[1]
         elif "\tv" in line and "mm" in line:  # v...: the encoding that only wide processors know
             wide += 1
-            if not re.search(r"4avx2|6avx512", function):
+            if not re.search(namespaces, function) or (
+                "\tvdpbf16ps" in line and "10avx512bf16" not in function
+            ):
                 misplaced.add(function)
     assert wide > 0
     assert not misplaced
