@@ -58,11 +58,15 @@ def forced() -> str | None:
     Raises:
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
-    name = _forced.get()
-    if name is None:
-        name = env.backend()
-        if name is not None:
-            _check_name(name, f"{env.BACKEND}=")
+    return _forced.get() or _of_environment()
+
+
+@cache
+def _of_environment() -> str | None:
+    # Read once: a look at the environment is a fiftieth of the shortest call.
+    name = env.backend()
+    if name is not None:
+        _check_name(name, f"{env.BACKEND}=")
     return name
 
 

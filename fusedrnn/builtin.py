@@ -25,9 +25,9 @@ def sequence(
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs one layer; shapes as in :func:`fusedrnn.functional.sequence`."""
-    kernel = getattr(torch._VF, cell.builtin)
+    kernel = getattr(torch, cell.builtin)
     groups = [g for g in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if g]
-    parameters = [w for recurrence in zip(*groups, strict=True) for w in recurrence]
+    parameters = [g[n] for n in range(len(weight_hh)) for g in groups]
     hx = tuple(state) if cell.states > 1 else state[0]
     # Outside training mode the built-in keeps nothing for a backward pass; with it, backward in eval mode
     # works.
@@ -43,8 +43,8 @@ def sequence(
 def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
     """Runs one step by the kernel behind the built-in's cell: x ``[1, B, I]``, states ``[1, B, H]``."""
     arguments: Any = (cell, x, state, *weights, (False,), None)
-    check(*arguments, mixed_dtypes=autocast.enabled(x.device.type))
-    kernel = getattr(torch._VF, f"{cell.builtin}_cell")
+    check(*arguments, mixed_dtypes=autocast.enabled(x))
+    kernel = getattr(torch, f"{cell.builtin}_cell")
     h = [s[0] for s in state]
     parameters = [group[0] for group in weights[:4] if group]
     new = kernel(x[0], tuple(h) if cell.states > 1 else h[0], *parameters)

@@ -30,7 +30,7 @@ class Cell:
         step: ``(gx [..., G, H], gh [..., G, H], state) -> state``.
         reads_h: whether ``step`` reads ``h`` itself, not only through gh; such a cell cannot project it.
         shares_gates: whether the gradients of ``gx`` and ``gh`` are the same: a cell of ``gx + gh`` alone.
-        builtin: the name of torch's own kernel, ``torch._VF.<builtin>``; empty if it has none.
+        builtin: the name of torch's own kernel, ``torch.<builtin>``; empty if it has none.
         compiled: whether it has a C++ form.
         triton: its Triton functions ``(forward, backward)``, if they are not in ``triton/cells.py``.
     """

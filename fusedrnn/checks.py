@@ -36,27 +36,34 @@ def check(
     bias_ih, bias_hh, weight_hr = given(bias_ih), given(bias_hh), given(weight_hr)
     N = len(reverse)
     packed = batch_sizes is not None
-    _require(x.dim() == (2 if packed else 3), f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
-    _require(
-        N > 0 and len(weight_ih) == N and len(weight_hh) == N, "weights must have one tensor per recurrence"
-    )
-    _require(len(bias_ih) == len(bias_hh) and len(bias_ih) in (0, N), "biases must be given for all or none")
-    _require(len(weight_hr) in (0, N), "projections must be given for all recurrences or none")
-    _require(len(state) == cell.states, f"{cell.name} has {cell.states} states, got {len(state)}")
-    _require(not (weight_hr and cell.reads_h), f"{cell.name} has no projection")
-    _require(x.dtype.is_floating_point, f"x must be of a floating dtype, got {x.dtype}")
-    ranks = {"weight_hh": (weight_hh[0], 2), "state": (state[0], 3)}
-    if weight_hr:
-        ranks["weight_hr"] = (weight_hr[0], 2)
-    for name, (tensor, rank) in ranks.items():
-        _require(tensor.dim() == rank, f"{name} must be {rank}-D, got {tensor.dim()}-D")
+    if x.dim() != (2 if packed else 3):
+        raise RuntimeError(f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
+    if N == 0 or len(weight_ih) != N or len(weight_hh) != N:
+        raise RuntimeError("weights must have one tensor per recurrence")
+    if len(bias_ih) != len(bias_hh) or len(bias_ih) not in (0, N):
+        raise RuntimeError("biases must be given for all or none")
+    if len(weight_hr) not in (0, N):
+        raise RuntimeError("projections must be given for all recurrences or none")
+    if len(state) != cell.states:
+        raise RuntimeError(f"{cell.name} has {cell.states} states, got {len(state)}")
+    if weight_hr and cell.reads_h:
+        raise RuntimeError(f"{cell.name} has no projection")
+    if not x.dtype.is_floating_point:
+        raise RuntimeError(f"x must be of a floating dtype, got {x.dtype}")
+    for name, group, rank in (("weight_hh", weight_hh, 2), ("state", state, 3), ("weight_hr", weight_hr, 2)):
+        if group and group[0].dim() != rank:
+            raise RuntimeError(f"{name} must be {rank}-D, got {group[0].dim()}-D")
     G, H = cell.gates, weight_hh[0].size(0) // cell.gates
     P = weight_hr[0].size(0) if weight_hr else H
     B = state[0].size(1)
-    _require(H > 0 and P > 0, f"hidden and projection size must be positive, got {H} and {P}")
+    if H == 0 or P == 0:
+        raise RuntimeError(f"hidden and projection size must be positive, got {H} and {P}")
     if not packed:
-        _require(x.size(0) > 0, "Expected sequence length to be larger than 0 in RNN")
-        _require(x.size(1) == B, f"state has batch size {B}, x has {x.size(1)}")
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if x.size(1) != B:
+            raise RuntimeError(f"state has batch size {B}, x has {x.size(1)}")
+    dtype, device = x.dtype, x.device
     for name, group, shape in (
         ("weight_ih", weight_ih, (G * H, x.size(-1) // inputs)),
         ("weight_hh", weight_hh, (G * H, P)),
@@ -67,11 +74,12 @@ def check(
         ("state", state[1:], (N, B, H)),
     ):
         for tensor in group:
-            _require(tensor.shape == shape, f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-            _require(
-                mixed_dtypes or tensor.dtype == x.dtype, f"{name} has dtype {tensor.dtype}, x has {x.dtype}"
-            )
-            _require(tensor.device == x.device, f"{name} is on {tensor.device}, x on {x.device}")
+            if tensor.shape != shape:
+                raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tensor.dtype != dtype and not mixed_dtypes:
+                raise RuntimeError(f"{name} has dtype {tensor.dtype}, x has {dtype}")
+            if tensor.device != device:
+                raise RuntimeError(f"{name} is on {tensor.device}, x on {device}")
     if batch_sizes is not None:
         _check_batch_sizes(batch_sizes, x, B)
 
@@ -93,22 +101,18 @@ def given(weights: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _check_batch_sizes(batch_sizes: Tensor, x: Tensor, B: int) -> None:
-    _require(batch_sizes.device.type == "cpu", "batch_sizes must be on the CPU")
-    _require(batch_sizes.dtype == torch.int64, f"batch_sizes must be int64, got {batch_sizes.dtype}")
-    _require(
-        batch_sizes.dim() == 1 and batch_sizes.numel() > 0,
-        "Expected sequence length to be larger than 0 in RNN",
-    )
-    if not torch.compiler.is_compiling() and type(batch_sizes) is Tensor:
-        sizes = batch_sizes.tolist()
-        _require(sizes[0] == B, f"batch_sizes[0] is {sizes[0]}, the state has batch size {B}")
-        _require(
-            all(a >= b for a, b in pairwise(sizes)) and sizes[-1] > 0,
-            "batch_sizes must be positive and must not increase",
-        )
-        _require(sum(sizes) == x.size(0), f"batch_sizes add up to {sum(sizes)}, x has {x.size(0)} rows")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError("batch_sizes must be on the CPU")
+    if batch_sizes.dtype != torch.int64:
+        raise RuntimeError(f"batch_sizes must be int64, got {batch_sizes.dtype}")
+    if batch_sizes.dim() != 1 or batch_sizes.numel() == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if torch.compiler.is_compiling() or type(batch_sizes) is not Tensor:
+        return
+    sizes = batch_sizes.tolist()
+    if sizes[0] != B:
+        raise RuntimeError(f"batch_sizes[0] is {sizes[0]}, the state has batch size {B}")
+    if sizes[-1] <= 0 or any(a < b for a, b in pairwise(sizes)):
+        raise RuntimeError("batch_sizes must be positive and must not increase")
+    if sum(sizes) != x.size(0):
+        raise RuntimeError(f"batch_sizes add up to {sum(sizes)}, x has {x.size(0)} rows")

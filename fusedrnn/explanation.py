@@ -161,12 +161,12 @@ def explain(module: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Explanation
         layers.append(_explain(name, len(layers) - before, plan, cell, *call))
         return plan
 
-    make_plan = functional._plan
+    make_plan = functional.plan_layer
     with ExitStack() as hooks:
         for name, part in module.named_modules():
             hooks.enter_context(part.register_forward_pre_hook(enter(name)))
             hooks.enter_context(part.register_forward_hook(leave, always_call=True))
-        hooks.enter_context(mock.patch.object(functional, "_plan", planned))
+        hooks.enter_context(mock.patch.object(functional, "plan_layer", planned))
         module(*inputs, **kwargs)
     builtin = tuple(
         name
@@ -198,7 +198,7 @@ def _explain(
     )
     args: Any = (x.detach(), state, *([w.detach() for w in group] for group in weights))
     device = x.device.type
-    if autocast.enabled(device) and plan.backend != "torch":
+    if autocast.enabled(x) and plan.backend != "torch":
         args = autocast.cast(cell, device, args, promote=batch_sizes is not None)
     dtype = args[0].dtype
     call = (cell, *args, reverse, batch_sizes)

@@ -98,9 +98,32 @@ def layer(
         ValueError, RuntimeError: as :func:`sequence`.
     """
     spec = get_cell(cell)
-    plan = _plan(spec, x, weights, reverse, batch_sizes, variation, all_states)
+    plan = plan_layer(spec, x, weights, reverse, batch_sizes, variation, all_states)
     extras = (variation, all_states)
     return _run(plan, spec, x, state, weights, reverse, batch_sizes, extras, promote=batch_sizes is not None)
+
+
+def plain_layer(
+    cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights, reverse: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs N recurrences as :func:`sequence` does, outside autocast and export, with no more work than that.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`sequence`, though the words may be torch's.
+    """
+    spec = get_cell(cell)
+    plan = plan_layer(spec, x, weights, reverse, None, PLAIN, False)
+    if plan.backend in KERNELS:
+        y, final, _ = ops.sequence(plan.backend, spec, x, state, *weights, reverse, None)
+        return y, final
+    if plan.backend != "torch":
+        return reference.layer(spec, x, state, *weights, reverse, None, PLAIN, False)[:2]
+    # The built-in compares dtypes and devices, but reads past the end of weights that are too small.
+    shapes = (cell, x.shape, *[tuple([t.shape for t in group]) for group in (state, *weights)])
+    if shapes not in _fitting:
+        check(spec, x, state, *weights, reverse, None)
+        _remember(_fitting, shapes, None)
+    return builtin.sequence(spec, x, state, *weights, None)
 
 
 def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> list[Tensor]:
@@ -120,7 +143,7 @@ def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> lis
     """
     spec = get_cell(cell)
     x, stacked = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
-    plan = _plan(spec, x, weights, (False,), None, PLAIN, False)
+    plan = plan_layer(spec, x, weights, (False,), None, PLAIN, False)
     if plan.backend == "torch":
         return builtin.step(spec, x, stacked, weights)
     _, final, _ = _run(plan, spec, x, stacked, weights, (False,), None, (PLAIN, False), promote=True)
@@ -139,8 +162,7 @@ def _run(
     *,
     promote: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    device = x.device.type
-    mixed = autocast.enabled(device)
+    mixed = autocast.enabled(x)
     if plan.backend == "torch":
         check(cell, x, state, *weights, reverse, batch_sizes, mixed_dtypes=mixed)
         return *builtin.sequence(cell, x, state, *weights, batch_sizes), []
@@ -151,7 +173,7 @@ def _run(
         return *onnx.sequence(cell, x, state, *weights, reverse, batch_sizes), []
     if not mixed:
         return _serve(plan.backend, cell, x, state, *weights, reverse, batch_sizes, *extras)
-    uncast = (x, state, *weights)
+    device, uncast = x.device.type, (x, state, *weights)
     args: Any = autocast.cast(cell, device, uncast, promote=promote)
     with torch.autocast(device, enabled=False):
         y, final, states = _serve(plan.backend, cell, *args, reverse, batch_sizes, *extras)
@@ -163,7 +185,7 @@ def _serve(backend: str, *call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]
     return ops.sequence(backend, *call) if backend in KERNELS else reference.layer(*call)
 
 
-def _plan(
+def plan_layer(
     cell: Cell,
     x: Tensor,
     weights: Weights,
@@ -172,6 +194,11 @@ def _plan(
     variation: Variation,
     all_states: bool,
 ) -> Plan:
+    """The plan of a call of :func:`layer`.
+
+    Raises:
+        RuntimeError: ranks do not fit, or no backend serves the call.
+    """
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
         raise RuntimeError(f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
@@ -192,20 +219,26 @@ def _plan(
         batch_sizes.shape if batch_sizes is not None else None,
         all_states,
         torch.is_grad_enabled(),
-        autocast.enabled(x.device.type),
+        autocast.enabled(x),
         _transforms(),
         backend.forced(),
     )
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MANY:
-            _plans.clear()
-        plan = _plans[key] = make_plan(_problem(*call), *_standing())
+        plan = make_plan(_problem(*call), *_standing())
+        _remember(_plans, key, plan)
     return plan
 
 
-_plans: dict[tuple, Plan] = {}
+def _remember(memory: dict[tuple, Any], key: tuple, value: Any) -> None:
+    if len(memory) >= _MANY:
+        memory.clear()
+    memory[key] = value
+
+
 _MANY = 4096
+_plans: dict[tuple, Plan] = {}
+_fitting: dict[tuple, None] = {}  # shapes of calls that were checked
 
 
 def _problem(
@@ -230,7 +263,7 @@ def _problem(
         reverse=tuple(reverse),
         training=torch.is_grad_enabled(),
         packed=batch_sizes is not None,
-        autocast=autocast.enabled(x.device.type),
+        autocast=autocast.enabled(x),
         transformed=transformed,
         mapped=mapped,
         compiling=torch.compiler.is_compiling(),

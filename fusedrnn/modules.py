@@ -8,6 +8,7 @@ built-in's own ``forward``, which raises: type and message of an error are those
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -66,7 +67,7 @@ class _Layers(RNNBase):
                 raise RuntimeError("TorchScript cannot trace what torch.nn does not have")
             return super().forward(input, hx)
         weights = self._layer_weights()
-        if asked is _NOTHING and hx is not None and (results := self._continued(input, hx, weights)):
+        if asked is _NOTHING and (results := self._plain(input, hx, weights)):
             return results
         run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
         y, final, states = run(input, hx, weights, asked)
@@ -75,24 +76,23 @@ class _Layers(RNNBase):
             return results
         return *results, tuple(states) if self._states > 1 else states[0]
 
-    def _continued(self, input: Any, hx: Any, weights: list[Weights]) -> tuple | None:
-        """One layer that goes on from a state, as in a stream, where checks would take as long as the step.
+    def _plain(self, input: Any, hx: Any, weights: list[Weights]) -> tuple | None:
+        """One layer without options, where checks would take as long as a step of a stream.
 
         The backend checks what it is given. Where it refuses, and for a call not as simple, the result
         is None: torch's checks come first then, and its words.
         """
         if len(weights) > 1 or self._options is not options.NONE or type(input) is not Tensor:
             return None
-        state = self._given_state(hx)
-        if not state or input.dim() != 3:
-            return None
-        if torch.compiler.is_compiling() or autocast.enabled(input.device.type):
+        if input.dim() != 3 or torch.compiler.is_compiling() or autocast.enabled(input):
             return None
         x = input.transpose(0, 1) if self.batch_first else input
+        state = stack.zeros(x, self._state_shapes(x.size(1))) if hx is None else self._given_state(hx)
+        if not state:
+            return None
         reverse = (False, True) if self.bidirectional else (False,)
-        run = functional.layer
         try:
-            y, final, _ = run(_CELLS[self.mode], x, state, weights[0], reverse=reverse, batch_sizes=None)
+            y, final = functional.plain_layer(_CELLS[self.mode], x, state, weights[0], reverse)
         except RuntimeError:
             return None
         return y.transpose(0, 1) if self.batch_first else y, tuple(final) if self._states > 1 else final[0]
@@ -481,9 +481,11 @@ def _traced() -> bool:
 
 
 def _read(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:
-    # A Parameter is found here at once; getattr looks here last, after everything else has failed.
-    parameters = module._parameters
-    return [p if (p := parameters.get(name)) is not None else getattr(module, name) for name in names]
+    # Parameters are found here at once; getattr looks here last, after everything else has failed.
+    try:
+        return list(itemgetter(*names)(module._parameters))
+    except KeyError:
+        return [getattr(module, name) for name in names]
 
 
 def _alike(x: Tensor, weight: Tensor, state: list[Tensor]) -> bool:

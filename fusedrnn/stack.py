@@ -71,6 +71,12 @@ class Outcome(NamedTuple):
     states: list[Tensor]
 
 
+def zeros(x: Tensor, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """Initial states of these shapes; nothing writes to them, so those of one shape are one tensor."""
+    first = x.new_zeros(shapes[0])
+    return [first if shape == shapes[0] else x.new_zeros(shape) for shape in shapes]
+
+
 def run(
     stack: Stack, x: Tensor, state: Sequence[Tensor], batch: Batch, *, all_states: bool = False
 ) -> Outcome:
@@ -86,10 +92,8 @@ def run(
     layers, D = len(stack.layers), len(stack.reverse)
     if state:
         initial = _by_layer(state, layers, D)
-    else:  # all layers start from the same tensors: nothing writes to an initial state
-        zeros = x.new_zeros(D, batch.B, stack.hidden)
-        h = x.new_zeros(D, batch.B, stack.projection) if stack.projection else zeros
-        initial = [[h, *[zeros] * (stack.states - 1)]] * layers
+    else:
+        initial = [zeros(x, [(D, batch.B, width) for width in stack.widths()])] * layers
     if layers == 1 and stack.options.plain and not (batch.cuts or all_states):
         run = functional.layer
         weights, sizes = stack.layers[0], batch.batch_sizes

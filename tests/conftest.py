@@ -57,7 +57,7 @@ def _shown_where_it_is_said(
     if not said or (os.environ.get(env.BACKEND) and "free_choice" not in request.fixturenames):
         yield
         return
-    served, make_plan = set(), functional._plan
+    served, make_plan = set(), functional.plan_layer
 
     def spy(*args: Any) -> Any:
         plan = make_plan(*args)
@@ -65,7 +65,7 @@ def _shown_where_it_is_said(
             served.add(plan.backend)
         return plan
 
-    monkeypatch.setattr(functional, "_plan", spy)
+    monkeypatch.setattr(functional, "plan_layer", spy)
     yield
     assert said <= served, f"marked as shown on {sorted(said)}, served by {sorted(served)}"
 
@@ -73,7 +73,7 @@ def _shown_where_it_is_said(
 @pytest.fixture
 def free_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what only one backend can do: the planner chooses, also where the environment forces another."""
-    monkeypatch.delenv(env.BACKEND, raising=False)
+    monkeypatch.setattr("fusedrnn.backend._of_environment", lambda: None)
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_a_remembered_plan_is_that_of_the_call(monkeypatch):
         before = len(made)
         for place, call in product(places, calls):
             with place():
-                assert functional._plan(*call).backend == f"{functional._problem(*call)} {forced()}"
+                assert functional.plan_layer(*call).backend == f"{functional._problem(*call)} {forced()}"
         assert (len(made) > before) is (turn == 0)
 
 

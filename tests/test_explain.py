@@ -47,13 +47,13 @@ def test_every_layer_of_a_model_is_named():
 
 def test_nothing_of_it_stays():
     model, x = Model(), torch.randn(3, 5, 4)
-    plan = fusedrnn.functional._plan
+    plan = fusedrnn.functional.plan_layer
     explain(model, x)
-    assert fusedrnn.functional._plan is plan
+    assert fusedrnn.functional.plan_layer is plan
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     with pytest.raises(RuntimeError, match=r"input\.size"):
         explain(model, torch.randn(3, 5, 9))
-    assert fusedrnn.functional._plan is plan
+    assert fusedrnn.functional.plan_layer is plan
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 

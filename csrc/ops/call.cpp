@@ -51,10 +51,9 @@ std::vector<int64_t> shape_as_x(const Call& call, std::initializer_list<int64_t>
 }
 
 // AOTInductor cannot pass an empty list to an op: vectors of no elements stand for absent weights.
-Tensors given(Tensors weights) {
+void drop_if_absent(Tensors& weights) {
   const auto absent = [](const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; };
   if (std::all_of(weights.begin(), weights.end(), absent)) weights.clear();
-  return weights;
 }
 
 std::vector<int64_t> offsets_from(const Tensor& batch_sizes, int64_t B, int64_t rows) {
@@ -89,32 +88,33 @@ Tensor Call::empty_as_x(std::initializer_list<int64_t> tail, ScalarType of) cons
 Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih,
            Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
            const std::optional<Tensor>& batch_sizes, bool tf32) {
-  for (Tensors* weights : {&bias_ih, &bias_hh, &weight_hr}) *weights = given(*weights);
+  for (Tensors* weights : {&bias_ih, &bias_hh, &weight_hr}) drop_if_absent(*weights);
   STD_TORCH_CHECK(cell >= 0 && cell < static_cast<int64_t>(std::size(kCells)), "no cell has number ", cell);
   Call call{.id = static_cast<CellId>(cell),
             .cell = kCells[cell],
             .x = x,
-            .state = state,
-            .weight_ih = weight_ih,
-            .weight_hh = weight_hh,
-            .bias_ih = bias_ih,
-            .bias_hh = bias_hh,
-            .weight_hr = weight_hr,
-            .reverse = reverse,
+            .state = std::move(state),
+            .weight_ih = std::move(weight_ih),
+            .weight_hh = std::move(weight_hh),
+            .bias_ih = std::move(bias_ih),
+            .bias_hh = std::move(bias_hh),
+            .weight_hr = std::move(weight_hr),
+            .reverse = std::move(reverse),
             .packed = batch_sizes.has_value(),
             .tf32 = tf32,
             .dtype = x.scalar_type(),
             .compute = x.scalar_type()};
-  const auto N = static_cast<int64_t>(reverse.size());
+  const auto N = static_cast<int64_t>(call.reverse.size());
   const auto fits = [&](const Tensors& list, bool optional) {
     return static_cast<int64_t>(list.size()) == N || (optional && list.empty());
   };
-  STD_TORCH_CHECK(N > 0 && fits(weight_ih, false) && fits(weight_hh, false) && fits(bias_ih, true) &&
-                      bias_ih.size() == bias_hh.size() && fits(weight_hr, true),
+  STD_TORCH_CHECK(N > 0 && fits(call.weight_ih, false) && fits(call.weight_hh, false) &&
+                      fits(call.bias_ih, true) && call.bias_ih.size() == call.bias_hh.size() &&
+                      fits(call.weight_hr, true),
                   "weights must have one tensor per recurrence");
-  STD_TORCH_CHECK(static_cast<int>(state.size()) == call.cell.states, call.cell.name, " has ",
-                  call.cell.states, " states, got ", state.size());
-  STD_TORCH_CHECK(weight_hr.empty() || !call.cell.reads_h, call.cell.name, " has no projection");
+  STD_TORCH_CHECK(static_cast<int>(call.state.size()) == call.cell.states, call.cell.name, " has ",
+                  call.cell.states, " states, got ", call.state.size());
+  STD_TORCH_CHECK(call.weight_hr.empty() || !call.cell.reads_h, call.cell.name, " has no projection");
   switch (call.dtype) {
     case ScalarType::Float:
     case ScalarType::Double:
@@ -130,33 +130,34 @@ Call check(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors wei
                   kLibrary.on_cuda ? "a CUDA device" : "the CPU");
   STD_TORCH_CHECK(x.dim() == (call.packed ? 2 : 3), "x must be ", call.packed ? "2-D" : "3-D", ", got ",
                   x.dim(), "-D");
-  STD_TORCH_CHECK(
-      weight_hh[0].dim() == 2 && weight_hh[0].size(0) > 0 && weight_hh[0].size(0) % call.cell.gates == 0,
-      "weight_hh has shape ", shape_of(weight_hh[0]), ", expected [", call.cell.gates, "*H, H]");
-  STD_TORCH_CHECK(weight_hr.empty() || weight_hr[0].dim() == 2, "weight_hr must be 2-D");
-  STD_TORCH_CHECK(state[0].dim() == 3, "state must be 3-D, got ", state[0].dim(), "-D");
+  STD_TORCH_CHECK(call.weight_hh[0].dim() == 2 && call.weight_hh[0].size(0) > 0 &&
+                      call.weight_hh[0].size(0) % call.cell.gates == 0,
+                  "weight_hh has shape ", shape_of(call.weight_hh[0]), ", expected [", call.cell.gates,
+                  "*H, H]");
+  STD_TORCH_CHECK(call.weight_hr.empty() || call.weight_hr[0].dim() == 2, "weight_hr must be 2-D");
+  STD_TORCH_CHECK(call.state[0].dim() == 3, "state must be 3-D, got ", call.state[0].dim(), "-D");
   call.N = N;
-  if (weight_ih[0].dim() == 2) {
-    const int64_t own = std::max<int64_t>(weight_ih[0].size(1), 1);
+  if (call.weight_ih[0].dim() == 2) {
+    const int64_t own = std::max<int64_t>(call.weight_ih[0].size(1), 1);
     if (x.size(-1) > own && x.size(-1) % own == 0 && N % (x.size(-1) / own) == 0) call.K = x.size(-1) / own;
   }
   call.I = x.size(-1) / call.K;
-  call.H = weight_hh[0].size(0) / call.cell.gates;
-  call.P = weight_hr.empty() ? call.H : weight_hr[0].size(0);
-  call.B = state[0].size(1);
+  call.H = call.weight_hh[0].size(0) / call.cell.gates;
+  call.P = call.weight_hr.empty() ? call.H : call.weight_hr[0].size(0);
+  call.B = call.state[0].size(1);
   if (call.packed) call.offsets = offsets_from(*batch_sizes, call.B, x.size(0));
   call.T = call.packed ? static_cast<int64_t>(call.offsets.size()) - 1 : x.size(0);
   STD_TORCH_CHECK(call.P > 0, "hidden and projection size must be positive");
   STD_TORCH_CHECK(call.T > 0, "Expected sequence length to be larger than 0 in RNN");
   STD_TORCH_CHECK(call.packed || x.size(1) == call.B, "state has batch size ", call.B, ", x has ", x.size(1));
   const int64_t GH = call.cell.gates * call.H;
-  for (const Tensor& t : weight_ih) check_tensor(call, "weight_ih", t, {GH, call.I});
-  for (const Tensor& t : weight_hh) check_tensor(call, "weight_hh", t, {GH, call.P});
-  for (const Tensor& t : bias_ih) check_tensor(call, "bias_ih", t, {GH});
-  for (const Tensor& t : bias_hh) check_tensor(call, "bias_hh", t, {GH});
-  for (const Tensor& t : weight_hr) check_tensor(call, "weight_hr", t, {call.P, call.H});
-  for (size_t s = 0; s < state.size(); ++s)
-    check_tensor(call, s ? "state c" : "state h", state[s], {N, call.B, s ? call.H : call.P});
+  for (const Tensor& t : call.weight_ih) check_tensor(call, "weight_ih", t, {GH, call.I});
+  for (const Tensor& t : call.weight_hh) check_tensor(call, "weight_hh", t, {GH, call.P});
+  for (const Tensor& t : call.bias_ih) check_tensor(call, "bias_ih", t, {GH});
+  for (const Tensor& t : call.bias_hh) check_tensor(call, "bias_hh", t, {GH});
+  for (const Tensor& t : call.weight_hr) check_tensor(call, "weight_hr", t, {call.P, call.H});
+  for (size_t s = 0; s < call.state.size(); ++s)
+    check_tensor(call, s ? "state c" : "state h", call.state[s], {N, call.B, s ? call.H : call.P});
   return call;
 }
 

@@ -3,6 +3,7 @@
 #include "ops.h"
 
 #include <tuple>
+#include <utility>
 
 #define FUSEDRNN_LAYER                                                                             \
   "int cell, Tensor x, Tensor[] state, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, " \
@@ -18,23 +19,25 @@ using Differentiated = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Te
 Forwarded sequence(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
                    Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
                    std::optional<Tensor> batch_sizes, bool tf32, std::optional<Tensors> param) {
-  const Call call = with_params(
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
-      param.value_or(Tensors{}));
+  const Call call = with_params(check(cell, std::move(x), std::move(state), std::move(weight_ih),
+                                      std::move(weight_hh), std::move(bias_ih), std::move(bias_hh),
+                                      std::move(weight_hr), std::move(reverse), batch_sizes, tf32),
+                                param.value_or(Tensors{}));
   const NoGrad no_grad;
   Outputs out = forward(call, false);
-  return {out.y, out.final};
+  return {out.y, std::move(out.final)};
 }
 
 Trained sequence_forward(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
                          Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
                          std::optional<Tensor> batch_sizes, bool tf32, std::optional<Tensors> param) {
-  const Call call = with_params(
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
-      param.value_or(Tensors{}));
+  const Call call = with_params(check(cell, std::move(x), std::move(state), std::move(weight_ih),
+                                      std::move(weight_hh), std::move(bias_ih), std::move(bias_hh),
+                                      std::move(weight_hr), std::move(reverse), batch_sizes, tf32),
+                                param.value_or(Tensors{}));
   const NoGrad no_grad;
   Outputs out = forward(call, true);
-  return {out.y, out.final, out.saved};
+  return {out.y, std::move(out.final), std::move(out.saved)};
 }
 
 Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
@@ -43,9 +46,10 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
                                  Tensor y, Tensors saved, std::optional<Tensor> dy, Tensors dfinal,
                                  bool need_dx, bool need_dweights, std::optional<Tensors> dkept,
                                  std::optional<Tensors> param) {
-  const Call call = with_params(
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
-      param.value_or(Tensors{}));
+  const Call call = with_params(check(cell, std::move(x), std::move(state), std::move(weight_ih),
+                                      std::move(weight_hh), std::move(bias_ih), std::move(bias_hh),
+                                      std::move(weight_hr), std::move(reverse), batch_sizes, tf32),
+                                param.value_or(Tensors{}));
   const Incoming incoming{y, saved, dy, dfinal, need_dx, need_dweights, dkept.value_or(Tensors{})};
   check(call, incoming);
   const NoGrad no_grad;
@@ -56,9 +60,10 @@ Differentiated sequence_backward(int64_t cell, Tensor x, Tensors state, Tensors 
 std::vector<int64_t> plan(int64_t cell, Tensor x, Tensors state, Tensors weight_ih, Tensors weight_hh,
                           Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, std::vector<bool> reverse,
                           std::optional<Tensor> batch_sizes, bool tf32, bool backward) {
-  return plan_of(
-      check(cell, x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse, batch_sizes, tf32),
-      backward);
+  return plan_of(check(cell, std::move(x), std::move(state), std::move(weight_ih), std::move(weight_hh),
+                       std::move(bias_ih), std::move(bias_hh), std::move(weight_hr), std::move(reverse),
+                       batch_sizes, tf32),
+                 backward);
 }
 
 }  // namespace

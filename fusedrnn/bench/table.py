@@ -26,14 +26,14 @@ from .sets import Entry
 def plans() -> Iterator[set[str]]:
     """Collects the names of the backends that the planner chooses inside the block."""
     chosen: set[str] = set()
-    make_plan: Any = functional._plan
+    make_plan: Any = functional.plan_layer
 
     def record(*args: Any, **kwargs: Any) -> Any:
         plan = make_plan(*args, **kwargs)
         chosen.add(plan.backend)
         return plan
 
-    with mock.patch.object(functional, "_plan", record):
+    with mock.patch.object(functional, "plan_layer", record):
         yield chosen
 
 
