@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast
 from .cells import Cell
-from .checks import check
+from .checks import check_once
 
 
 def sequence(
@@ -41,11 +40,9 @@ def sequence(
 
 
 def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
-    """Runs one step by the kernel behind the built-in's cell: x ``[1, B, I]``, states ``[1, B, H]``."""
-    arguments: Any = (cell, x, state, *weights, (False,), None)
-    check(*arguments, mixed_dtypes=autocast.enabled(x))
+    """Runs one step by the kernel behind the built-in's cell: x ``[B, I]``, states ``[B, H]``."""
+    check_once(cell, x, state, weights)
     kernel = getattr(torch, f"{cell.builtin}_cell")
-    h = [s[0] for s in state]
     parameters = [group[0] for group in weights[:4] if group]
-    new = kernel(x[0], tuple(h) if cell.states > 1 else h[0], *parameters)
+    new = kernel(x, tuple(state) if cell.states > 1 else state[0], *parameters)
     return list(new) if cell.states > 1 else [new]

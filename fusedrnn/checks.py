@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,30 @@ def check(
                 raise RuntimeError(f"{name} is on {tensor.device}, x on {device}")
     if batch_sizes is not None:
         _check_batch_sizes(batch_sizes, x, B)
+
+
+def check_once(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Sequence[Sequence[Tensor]]) -> None:
+    """Checks the shapes of a padded call, or of a step with ``x [B, I]``, if they are not known to fit.
+
+    For the built-in, which compares dtypes and devices, but reads past the end of weights that are too small.
+
+    Raises:
+        RuntimeError: as :func:`check`.
+    """
+    shapes = (cell, x.shape, *[tuple([t.shape for t in group]) for group in (state, *weights)])
+    if shapes in _fitting:
+        return
+    if x.dim() == 2:
+        x, state = x[None], [s[None] for s in state]
+    arguments: Any = (cell, x, state, *weights, (False,) * len(weights[0]), None)
+    check(*arguments, mixed_dtypes=True)
+    if len(_fitting) >= _MANY:
+        _fitting.clear()
+    _fitting.add(shapes)
+
+
+_MANY = 4096
+_fitting: set[tuple] = set()
 
 
 def inputs_of(x: Tensor, weight_ih: Sequence[Tensor]) -> int:

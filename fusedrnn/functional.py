@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import autocast, backend, builtin, env, onnx, ops, reference
 from .cells import Cell, get_cell
-from .checks import check
+from .checks import check, check_once
 from .plan import KERNELS, Plan, Problem, make_plan
 from .variation import PLAIN, Variation
 
@@ -118,11 +118,7 @@ def plain_layer(
         return y, final
     if plan.backend != "torch":
         return reference.layer(spec, x, state, *weights, reverse, None, PLAIN, False)[:2]
-    # The built-in compares dtypes and devices, but reads past the end of weights that are too small.
-    shapes = (cell, x.shape, *[tuple([t.shape for t in group]) for group in (state, *weights)])
-    if shapes not in _fitting:
-        check(spec, x, state, *weights, reverse, None)
-        _remember(_fitting, shapes, None)
+    check_once(spec, x, state, weights)
     return builtin.sequence(spec, x, state, *weights, None)
 
 
@@ -142,11 +138,12 @@ def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> lis
         ValueError, RuntimeError: as :func:`sequence`.
     """
     spec = get_cell(cell)
-    x, stacked = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
-    plan = plan_layer(spec, x, weights, (False,), None, PLAIN, False)
+    rows = x.unsqueeze(0)
+    plan = plan_layer(spec, rows, weights, (False,), None, PLAIN, False, True)
     if plan.backend == "torch":
-        return builtin.step(spec, x, stacked, weights)
-    _, final, _ = _run(plan, spec, x, stacked, weights, (False,), None, (PLAIN, False), promote=True)
+        return builtin.step(spec, x, state, weights)
+    stacked = [s.unsqueeze(0) for s in state]
+    _, final, _ = _run(plan, spec, rows, stacked, weights, (False,), None, (PLAIN, False), promote=True)
     return [s.squeeze(0) for s in final]
 
 
@@ -193,8 +190,9 @@ def plan_layer(
     batch_sizes: Tensor | None,
     variation: Variation,
     all_states: bool,
+    one_step: bool = False,
 ) -> Plan:
-    """The plan of a call of :func:`layer`.
+    """The plan of a call of :func:`layer`, or of :func:`step`, whose ``x`` is ``[1, B, I]`` here.
 
     Raises:
         RuntimeError: ranks do not fit, or no backend serves the call.
@@ -204,7 +202,7 @@ def plan_layer(
         raise RuntimeError(f"x must be {'2-D' if packed else '3-D'}, got {x.dim()}-D")
     if not weights.hh or weights.hh[0].dim() != 2:
         raise RuntimeError("weights must have one tensor per recurrence, weight_hh [G*H, H]")
-    call = (cell, x, weights, reverse, batch_sizes, variation, all_states)
+    call = (cell, x, weights, reverse, batch_sizes, variation, all_states, one_step)
     if torch.compiler.is_compiling() or type(x) is not Tensor or variation is not PLAIN:
         return make_plan(_problem(*call), *_standing())  # sizes may be symbols
     # A short call is over before a plan is made: what a problem is made of is quicker to compare.
@@ -218,6 +216,7 @@ def plan_layer(
         tuple(reverse),
         batch_sizes.shape if batch_sizes is not None else None,
         all_states,
+        one_step,
         torch.is_grad_enabled(),
         autocast.enabled(x),
         _transforms(),
@@ -225,20 +224,14 @@ def plan_layer(
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = make_plan(_problem(*call), *_standing())
-        _remember(_plans, key, plan)
+        if len(_plans) >= _MANY:
+            _plans.clear()
+        plan = _plans[key] = make_plan(_problem(*call), *_standing())
     return plan
 
 
-def _remember(memory: dict[tuple, Any], key: tuple, value: Any) -> None:
-    if len(memory) >= _MANY:
-        memory.clear()
-    memory[key] = value
-
-
-_MANY = 4096
 _plans: dict[tuple, Plan] = {}
-_fitting: dict[tuple, None] = {}  # shapes of calls that were checked
+_MANY = 4096
 
 
 def _problem(
@@ -249,6 +242,7 @@ def _problem(
     batch_sizes: Tensor | None,
     variation: Variation,
     all_states: bool,
+    one_step: bool,
 ) -> Problem:
     transformed, mapped = _transforms()
     return Problem(
@@ -271,6 +265,7 @@ def _problem(
         interpreted=env.interpreted(),
         options=() if variation is PLAIN else variation.names(),
         all_states=all_states,
+        one_step=one_step,
     )
 
 

@@ -389,6 +389,10 @@ class _Cell(RNNCellBase):
         if rank not in (1, 2) or cell is None:
             self._refuse(input, hx)
         ih, hh, bias_ih, bias_hh = _read(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        if rank == 2 and hx is not None and bias_ih is not None and bias_hh is not None:
+            weights = Weights((ih,), (hh,), (bias_ih,), (bias_hh,))
+            if next_state := self._plain(cell, input, hx, weights):
+                return next_state if self._states > 1 else next_state[0]
         shape = (*input.shape[:-1], self.hidden_size)
         if hx is None:
             state = [input.new_zeros(shape)] * self._states
@@ -414,6 +418,18 @@ class _Cell(RNNCellBase):
         if rank == 1:
             final = [s[0] for s in final]
         return tuple(final) if self._states > 1 else final[0]
+
+    def _plain(self, cell: str, input: Tensor, hx: Any, weights: Weights) -> tuple[Tensor, ...] | None:
+        """As :meth:`_Layers._plain`, for a batch and a state that are given."""
+        state = (hx,) if self._states == 1 else hx
+        if type(state) is not tuple or len(state) != self._states or autocast.enabled(input):
+            return None
+        if any(type(s) is not Tensor or s.dtype is not input.dtype for s in state):  # torch promotes
+            return None
+        try:
+            return tuple(functional.step(cell, input, state, weights))
+        except RuntimeError:
+            return None
 
     def _cell_name(self) -> str | None:
         raise NotImplementedError

@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     by torch.compile or torch.export. ``capability``: a CUDA device's compute capability. ``interpreted``:
     Triton's kernels run on the CPU. ``options``: what the recurrences do beyond their cell
     (:meth:`fusedrnn.variation.Variation.names`). ``all_states``: the states of all steps are wanted.
+    ``one_step``: the call is a cell's.
     """
 
     cell: str
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     interpreted: bool = False
     options: tuple[str, ...] = ()
     all_states: bool = False
+    one_step: bool = False
 
 
 class Plan(NamedTuple):
@@ -144,4 +146,4 @@ def _builtin_is_faster(problem: Problem) -> bool:
         return False
     # A step repays neither packing the weights nor what is recorded, unless the built-in packs them as well.
     recorded = problem.training and problem.cell != "lstm"
-    return problem.T == 1 and (problem.B > _UNPACKED_ROWS or recorded)
+    return problem.one_step or (problem.T == 1 and (problem.B > _UNPACKED_ROWS or recorded))

@@ -68,6 +68,8 @@ def test_cpu_kernels_serve_cpu_tensors():
         ({"training": False, "T": 1, "B": 8}, "cpu"),
         ({"T": 1, "B": 8}, "cpu"),
         ({"T": 1, "B": 8, "cell": "gru"}, "torch"),  # nor what is recorded for backward
+        ({"T": 1, "B": 8, "one_step": True}, "torch"),  # which has a quicker kernel for cells
+        ({"T": 1, "B": 8, "one_step": True, "autocast": True}, "cpu"),
         ({"T": 1, "packed": True}, "cpu"),
         ({"T": 1, "autocast": True}, "cpu"),
         ({"T": 1, "P": 64}, "cpu"),
@@ -161,7 +163,7 @@ def layer_call(cell="gru", T=4, B=2, I=3, H=5, P=0, reverse=(False,), packed=Fal
     G, N = CELLS[cell].gates, len(reverse)
     hr = [torch.zeros(P, H)] * N if P else ()
     weights = Weights([torch.zeros(G * H, I)] * N, [torch.zeros(G * H, H)] * N, hr=hr)
-    return CELLS[cell], x, weights, reverse, torch.full((T,), B) if packed else None, PLAIN, False
+    return CELLS[cell], x, weights, reverse, torch.full((T,), B) if packed else None, PLAIN, False, False
 
 
 CHANGES = (
@@ -194,7 +196,7 @@ def test_a_remembered_plan_is_that_of_the_call(monkeypatch):
     monkeypatch.setattr(functional, "make_plan", name)
     monkeypatch.setattr(functional, "_plans", {})
     calls = [layer_call(**change) for change in CHANGES]
-    calls += [(*calls[0][:-1], True)]  # the states of all steps are wanted
+    calls += [(*calls[0][:-2], True, False), (*calls[0][:-2], False, True)]  # all states; a cell's step
     places = (
         nullcontext,
         torch.no_grad,
