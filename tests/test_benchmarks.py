@@ -90,6 +90,14 @@ def test_interleaving_rotates_and_keeps_its_minimum():
     assert order == [0, 1, 1, 0, 0, 1, 1, 0]
 
 
+def test_a_call_that_settles_counts_by_its_second_half(monkeypatch):
+    times = iter([9.0, 1.0, 8.0, 2.0])
+    monkeypatch.setattr(timing, "clock", lambda call, device: next(times))
+    assert timing.interleave([lambda: None], CPU, seconds=0, warmup=0, min_rounds=2, settle=1e-9) == [
+        [1.0, 2.0]
+    ]
+
+
 @pytest.mark.parametrize("name", ["python loop", "onnxruntime"])
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_peer_computes_the_same(name, cell):
@@ -184,11 +192,11 @@ def test_plots_of_series(tmp_path):
 
 
 def test_figures_of_a_row():
-    """The built-in pair by pair, what was timed at another moment by the best time of each."""
+    """All of them round by round."""
     row = table.Row("GRU", Shape(9, 1, 1, 1), "inference", "fp32", flop=600, step_bytes=1)
     row.builtin_times, row.fusedrnn_times = [6.0, 12.0], [3.0, 6.0]
-    row.product_flop, row.product_times = 1000, [8.0, 4.0]
-    row.peer_times = {"another": [9.0, 4.5, 100.0]}
+    row.product_flop, row.product_times = 1000, [4.0, 8.0]
+    row.peer_times = {"another": [4.5, 9.0]}
     assert row.ratio == (2, 2, 2)
     assert row.peer_ratio("another") == 1.5
     assert row.peer_ratio("absent") is None

@@ -54,7 +54,7 @@ class Row:
     builtin_times: list[float] = field(default_factory=list)
     fusedrnn_times: list[float] = field(default_factory=list)
     product_flop: int = 0
-    product_times: list[float] = field(default_factory=list)  # of a large product, right after both
+    product_times: list[float] = field(default_factory=list)  # of a large product
     peer_times: dict[str, list[float]] = field(default_factory=dict)
     peer_faults: dict[str, str] = field(default_factory=dict)  # why a peer has no times
     builtin_memory: int | None = None
@@ -71,15 +71,23 @@ class Row:
     @property
     def ratio(self) -> timing.Spread:
         """The built-in's time over ours, pair by pair: above 1 ours is the faster one."""
-        return timing.spread([a / b for a, b in zip(self.builtin_times, self.fusedrnn_times, strict=True)])
+        return timing.spread(_ratios(self.builtin_times, self.fusedrnn_times))
 
     def share_of_peak(self, times: Sequence[float]) -> float:
-        """Operations per second over those of the large product, by the best time of each."""
-        return (self.flop / min(times)) / (self.product_flop / min(self.product_times))
+        """Operations per second over those of the large product, of the same rounds."""
+        return self.flop / self.product_flop * _median_ratio(self.product_times, times)
 
     def peer_ratio(self, name: str) -> float | None:
-        """A peer's time over ours, by the best time of each; None where it has none."""
-        return min(self.peer_times[name]) / min(self.fusedrnn_times) if name in self.peer_times else None
+        """A peer's time over ours, of the same rounds; None where it has none."""
+        return _median_ratio(self.peer_times[name], self.fusedrnn_times) if name in self.peer_times else None
+
+
+def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(times, others, strict=True)]
+
+
+def _median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return timing.spread(_ratios(times, others)).median
 
 
 @dataclass
@@ -174,7 +182,6 @@ def _measure(
     Results are always checked. Once the budget is overdrawn, a ratio rests on a single pair.
     """
     deadline = timing.Deadline(seconds)
-    turns = 2 if seconds > 0 else 1
     dtype = accuracy.PRECISIONS[precision].dtype
     trio = make_trio(cell, shape, dtype, device, seed)
     truth = call(trio.referee, trio.inputs.to(torch.float64), "training")
@@ -187,47 +194,21 @@ def _measure(
         if not row.faults:
             pair, row.method = timing.captured([run_builtin, run_ours], device)
             right = {peer.name: run for peer in beside if (run := _right(peer, row, cell, trio, truth))}
-            others = dict(zip(right, timing.captured([*right.values()], device)[0], strict=True))
+            others, _ = timing.captured([*right.values()], device)
+            settled = seconds > 0
+            row.builtin_times, row.fusedrnn_times, row.product_times, *peer_times = timing.interleave(
+                [*pair, product.call, *others],
+                device,
+                seconds=deadline.left / (len(modes) - i),
+                warmup=int(settled),
+                min_rounds=1 + 2 * settled,
+                settle=0.05 if settled and device.type == "cpu" else 0.0,
+            )
             row.product_flop = product.flop
-            for turn in range(turns):
-                left = deadline.left / (len(modes) - i) / (turns - turn)
-                _take_turn(row, pair, others, product, device, left, settled=seconds > 0)
+            row.peer_times = dict(zip(right, peer_times, strict=True))
             row.builtin_memory = timing.peak_memory(run_builtin, device)
             row.fusedrnn_memory = timing.peak_memory(run_ours, device)
         yield row
-
-
-def _take_turn(
-    row: Row,
-    pair: Sequence[timing.Call],
-    others: dict[str, timing.Call],
-    product: timing.Product,
-    device: torch.device,
-    seconds: float,
-    *,
-    settled: bool,
-) -> None:
-    """Times the built-in and ours side by side, then the product, then the peers.
-
-    What has a thread pool of its own disturbs both. That all have several turns is because a machine that is
-    shared can be twice as slow for a second: each then has a time when it is not.
-    """
-
-    def interleave(calls: Sequence[timing.Call], share: float, settle: float) -> list[list[float]]:
-        settle = settle if settled and device.type == "cpu" else 0.0
-        warmup = int(settled and not row.builtin_times)
-        rounds: dict[str, Any] = {"warmup": warmup, "min_rounds": 1 + int(settled)}
-        return timing.interleave(calls, device, seconds=share * seconds, **rounds, settle=settle)
-
-    share = 0.5 if others else 1.0
-    for times, more in zip(
-        (row.builtin_times, row.fusedrnn_times), interleave(pair, share, 0.01), strict=True
-    ):
-        times += more
-    row.product_times += interleave([product.call], 0.0, 0.0)[0]
-    if others:
-        for name, more in zip(others, interleave([*others.values()], share, 0.02), strict=True):
-            row.peer_times.setdefault(name, []).extend(more)
 
 
 def _right(
@@ -282,18 +263,17 @@ def show(table: KernelTable, console: Console) -> None:
             if mean := table.geometric_mean(precision=precision, peer=peer):
                 console.print(f"Against {peer}:  {mean:.2f}×")
         if peak := table.peak(precision):
-            text = f"Peak: a large {precision} matrix product, which takes its turn in each row; at best"
+            text = f"Peak: a large {precision} matrix product, in the rounds of each row; at best"
             console.print(f"{text} {peak / 1e9:.0f} GFLOP/s.\n")
     pairs = [len(row.builtin_times) for row in table.rows if not row.faults] or [0]
     console.print(
         "Ratio: built-in's time / fusedrnn's, above 1 fusedrnn is faster; the median of"
         f" {min(pairs)} to {max(pairs)} side-by-side pairs\n(10th–90th percentile)."
         " Two figures in a column: built-in → fusedrnn."
-        " A peer's column: its time / fusedrnn's; that and\n"
-        "% of peak by the best time of each. "
+        " A peer's column: its time / fusedrnn's.\n"
         "W_hh: what each step reads, and the cache of a core that holds it."
         " GFLOP/s: matrix products a call cannot do without.\n"
-        f" MB: {table.memory_method}."
+        f"MB: {table.memory_method}."
     )
     for failure in table.failures:
         console.print(f"wrong: {failure}", style="red", markup=False)

@@ -79,7 +79,7 @@ def interleave(
 ) -> list[list[float]]:
     """Times the calls in turn, so that whatever else the machine does meets all of them alike.
 
-    Every round times each call once; the order is rotated from round to round.
+    Every round has a time of each call; the order is rotated from round to round.
 
     Args:
         calls: what to time.
@@ -88,10 +88,11 @@ def interleave(
         warmup: rounds that are not recorded.
         min_rounds: rounds that are recorded however long they take.
         max_rounds: rounds after which more would not tell more.
-        settle: seconds for which each call is repeated before the run that counts. Each is then measured as
-            it runs by itself, with its code and data in the caches. Thread pools need it: the threads of a
-            library wait for more work in a loop for a while and slow down the next, and after that it takes
-            the system some time to give every thread a core of its own.
+        settle: seconds for which each call is repeated in a round, twice at least; what counts is the median
+            of the second half. Each is then measured as it runs by itself, with its code and data in the
+            caches. Thread pools need it: the threads of a library wait for more work in a loop for a while
+            and slow down the next, and after that it takes the system some time to give every thread a core
+            of its own.
 
     Returns:
         For each call its seconds, one value per round: values of the same index were measured side by side.
@@ -108,9 +109,10 @@ def interleave(
             for j in range(len(calls)):
                 k = (i + j) % len(calls)
                 settled = Deadline(settle)
-                while settled.left > 0:
-                    calls[k]()
-                samples[k].append(clock(calls[k], device))
+                times = [clock(calls[k], device)]
+                while settled.left > 0 or len(times) < 1 + (settle > 0):
+                    times.append(clock(calls[k], device))
+                samples[k].append(statistics.median(times[len(times) // 2 :]))
     return samples
 
 
