@@ -34,8 +34,8 @@ def test_every_layer_of_a_model_is_named():
     assert layers == [
         ("encoder", 0, "gru", "cpu"),
         ("encoder", 1, "gru", "cpu"),
-        ("cell", 0, "lstm", "cpu"),
-        ("cell", 0, "lstm", "cpu"),
+        ("cell", 0, "lstm", "torch"),
+        ("cell", 0, "lstm", "torch"),
     ]
     assert found.builtin == ("middle",)
     assert found.layers[0].sizes == {"T": 5, "B": 3, "I": 4, "H": 8, "P": 0, "N": 2}
