@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import autocast
 from .cells import Cell
 from .checks import check_once
 
@@ -41,7 +42,7 @@ def sequence(
 
 def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
     """Runs one step by the kernel behind the built-in's cell: x ``[B, I]``, states ``[B, H]``."""
-    check_once(cell, x, state, weights)
+    check_once(cell, x, state, weights, mixed_dtypes=autocast.enabled(x))
     kernel = getattr(torch, f"{cell.builtin}_cell")
     parameters = [group[0] for group in weights[:4] if group]
     new = kernel(x, tuple(state) if cell.states > 1 else state[0], *parameters)

@@ -85,24 +85,39 @@ def check(
         _check_batch_sizes(batch_sizes, x, B)
 
 
-def check_once(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Sequence[Sequence[Tensor]]) -> None:
-    """Checks the shapes of a padded call, or of a step with ``x [B, I]``, if they are not known to fit.
+def check_once(
+    cell: Cell,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    *,
+    mixed_dtypes: bool = False,
+) -> None:
+    """Checks a padded call, or a step with ``x [B, I]``, by :func:`check`, if it is not known to fit.
 
-    For the built-in, which compares dtypes and devices, but reads past the end of weights that are too small.
+    For the built-in, which compares devices and the weights' dtypes at every call, but promotes states and
+    reads past the end of weights that are too small.
 
     Raises:
         RuntimeError: as :func:`check`.
     """
-    shapes = (cell, x.shape, *[tuple([t.shape for t in group]) for group in (state, *weights)])
-    if shapes in _fitting:
+    kind = (
+        cell.name,
+        mixed_dtypes,
+        x.dtype,
+        x.shape,
+        *[(s.dtype, s.shape) for s in state],
+        *[tuple([w.shape for w in group]) for group in weights],
+    )
+    if kind in _fitting:
         return
     if x.dim() == 2:
         x, state = x[None], [s[None] for s in state]
     arguments: Any = (cell, x, state, *weights, (False,) * len(weights[0]), None)
-    check(*arguments, mixed_dtypes=True)
+    check(*arguments, mixed_dtypes=mixed_dtypes)
     if len(_fitting) >= _MANY:
         _fitting.clear()
-    _fitting.add(shapes)
+    _fitting.add(kind)
 
 
 _MANY = 4096

@@ -424,7 +424,7 @@ class _Cell(RNNCellBase):
         state = (hx,) if self._states == 1 else hx
         if type(state) is not tuple or len(state) != self._states or autocast.enabled(input):
             return None
-        if any(type(s) is not Tensor or s.dtype is not input.dtype for s in state):  # torch promotes
+        if any(type(s) is not Tensor for s in state):
             return None
         try:
             return tuple(functional.step(cell, input, state, weights))

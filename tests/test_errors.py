@@ -15,6 +15,7 @@ from torch import Tensor, nn, randn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
+from fusedrnn.functional import Weights, step
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
@@ -348,6 +349,18 @@ def test_cell_states_of_two_dtypes() -> None:
         RuntimeError, match=r"LSTMCell expects input, state and weights of one dtype.*float64"
     ):
         fusedrnn.LSTMCell(3, 5)(randn(2, 3), hx)
+
+
+def test_a_step_with_states_of_two_dtypes(backend: str) -> None:
+    lstm, x = fusedrnn.LSTMCell(3, 5), randn(2, 3)
+    weights = Weights((lstm.weight_ih,), (lstm.weight_hh,), (lstm.bias_ih,), (lstm.bias_hh,))
+    for dtype in (torch.float32, torch.float64):  # a call that fits does not let one pass that does not
+        state = [randn(2, 5), randn(2, 5, dtype=dtype)]
+        if dtype is x.dtype:
+            step("lstm", x, state, weights)
+        else:
+            with pytest.raises(RuntimeError, match="dtype"):
+                step("lstm", x, state, weights)
 
 
 def test_three_states_for_an_unbatched_lstm() -> None:
