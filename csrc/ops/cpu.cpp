@@ -192,7 +192,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
     const Schedule schedule = schedule_of<T>(call, true);
     kernels().of<T>().backward(call.id, p, schedule.plan, schedule.pool);
   }
-  Gradients grads = gradients_of(call, incoming, sweep);
+  Gradients grads = gradients_of(call, incoming, std::move(sweep));
   for (int64_t n = 0; incoming.need_dweights && dparam && n < N; ++n)
     grads.dparam.push_back(to_dtype(column_sums(select(*dparam, n), call.compute), call.dtype));
   return grads;

@@ -175,7 +175,7 @@ Gradients backward(const Call& call, const Incoming& incoming) {
     else
       run_steps(call, p, incoming.dy, incoming.dfinal, sweep, place.stream);
   }
-  return gradients_of(call, incoming, sweep);
+  return gradients_of(call, incoming, std::move(sweep));
 }
 
 std::vector<int64_t> plan_of(const Call& call, bool backward) {

@@ -28,26 +28,33 @@ void multiply_input(const Call& call, const Tensor& gates) {
              transposed(operand(call, call.weight_ih[n])));
 }
 
-Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& sweep) {
+Gradients gradients_of(const Call& call, const Incoming& incoming, Sweep sweep) {
   const int64_t rows = call.rows(), N = call.N, H = call.H, P = call.P, G = call.cell.gates;
-  const Tensor dgx = operand(call, sweep.dgx), dgh = call.cell.same_gates ? dgx : operand(call, sweep.dgh);
+  const Tensor dgx = operand(call, sweep.dgx);
   Gradients grads;
   if (incoming.need_dweights) {
-    const Tensor x = operand(call, rows_of(call));
-    const Tensor h_previous = view(operand(call, sweep.h_previous), {rows, N * P});
+    const bool same_gates = call.cell.same_gates, summed = !sweep.dbias_ih.empty();
+    Tensor dgh = same_gates ? dgx : operand(call, sweep.dgh);
+    Tensor h_previous = view(operand(call, sweep.h_previous), {rows, N * P});
     for (int64_t n = 0; n < N; ++n) {
-      const Tensor dgx_n = columns_of(dgx, n, G), dgh_n = columns_of(dgh, n, G);
-      grads.dweight_ih.push_back(weight_gradient(call, dgx_n, input_of(call, x, n)));
+      const Tensor dgh_n = columns_of(dgh, n, G);
       grads.dweight_hh.push_back(weight_gradient(call, dgh_n, narrow(h_previous, 1, n * P, P)));
-      if (!sweep.dbias_ih.empty()) {
+      if (!call.bias_ih.empty() && !summed && !same_gates)
+        grads.dbias_hh.push_back(to_dtype(column_sums(dgh_n, call.compute), call.dtype));
+    }
+    // The most memory is in use now: what nothing else needs is free for the other gradients.
+    dgh = h_previous = sweep.dgh = sweep.h_previous = Tensor();
+    const Tensor x = operand(call, rows_of(call));
+    for (int64_t n = 0; n < N; ++n) {
+      const Tensor dgx_n = columns_of(dgx, n, G);
+      grads.dweight_ih.push_back(weight_gradient(call, dgx_n, input_of(call, x, n)));
+      if (summed) {
         grads.dbias_ih.push_back(to_dtype(sweep.dbias_ih[n], call.dtype));
         grads.dbias_hh.push_back(to_dtype(sweep.dbias_hh[n], call.dtype));
       } else if (!call.bias_ih.empty()) {
         const Tensor sums = column_sums(dgx_n, call.compute);
         grads.dbias_ih.push_back(to_dtype(sums, call.dtype));
-        grads.dbias_hh.push_back(call.cell.same_gates
-                                     ? copy_as(sums, call.dtype)
-                                     : to_dtype(column_sums(dgh_n, call.compute), call.dtype));
+        if (same_gates) grads.dbias_hh.push_back(copy_as(sums, call.dtype));
       }
       if (call.projected()) {
         const Tensor dh = view(sweep.dprojected, {rows, N * P}),

@@ -26,6 +26,6 @@ struct Sweep {
   Tensors dbias_ih = {}, dbias_hh = {};  // [G*H] of each recurrence, or empty: still to be summed up
 };
 
-Gradients gradients_of(const Call& call, const Incoming& incoming, const Sweep& sweep);
+Gradients gradients_of(const Call& call, const Incoming& incoming, Sweep sweep);
 
 }  // namespace fusedrnn
