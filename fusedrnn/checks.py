@@ -95,8 +95,8 @@ def check_once(
 ) -> None:
     """Checks a padded call, or a step with ``x [B, I]``, by :func:`check`, if it is not known to fit.
 
-    For the built-in, which compares devices and the weights' dtypes at every call, but promotes states and
-    reads past the end of weights that are too small.
+    For the built-in, which reads past the end of weights that are too small and takes some tensors of another
+    dtype or device.
 
     Raises:
         RuntimeError: as :func:`check`.
@@ -104,10 +104,7 @@ def check_once(
     kind = (
         cell.name,
         mixed_dtypes,
-        x.dtype,
-        x.shape,
-        *[(s.dtype, s.shape) for s in state],
-        *[tuple([w.shape for w in group]) for group in weights],
+        *[tuple([(t.shape, t.dtype, t.device) for t in group]) for group in ((x,), state, *weights)],
     )
     if kind in _fitting:
         return

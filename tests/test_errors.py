@@ -384,15 +384,27 @@ def test_weight_of_the_wrong_shape(backend: str, name: str, parameter: str) -> N
             module(randn(2, 3) if name in CELLS else randn(4, 2, 3))
 
 
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+@pytest.mark.parametrize("parameter", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
 @pytest.mark.parametrize("name", LAYERS + CELLS)
-def test_weights_of_two_dtypes(backend: str, name: str) -> None:
+def test_weights_of_two_kinds(
+    backend: str, name: str, parameter: str, other: torch.dtype | torch.device
+) -> None:
+    """Also after a call that fits: the built-in takes some of them."""
     module = getattr(fusedrnn, name)(3, 5)
-    attribute = "weight_hh" if name in CELLS else "weight_hh_l0"
-    double = getattr(module, attribute).detach().double()
-    delattr(module, attribute)
-    setattr(module, attribute, double)
-    with pytest.raises(RuntimeError):
-        module(randn(2, 3) if name in CELLS else randn(4, 2, 3))
+    x = randn(2, 3) if name in CELLS else randn(4, 2, 3)
+    state = torch.zeros(2, 5) if name in CELLS else torch.zeros(1, 2, 5)
+    hx = pair("LSTM" in name, state)
+    attribute = parameter if name in CELLS else f"{parameter}_l0"
+    for hidden in (hx, None):
+        good = getattr(module, attribute)
+        module(x, hidden)
+        delattr(module, attribute)
+        setattr(module, attribute, good.detach().to(other))
+        with pytest.raises((RuntimeError, ValueError), match=r"dtype|device|is on meta"):
+            module(x, hidden)
+        delattr(module, attribute)
+        setattr(module, attribute, good)
 
 
 def packed(rows: int, batch_sizes: Any, features: int = 3, **kwargs: Any) -> PackedSequence:
