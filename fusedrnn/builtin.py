@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast
 from .cells import Cell
-from .checks import check_once
 
 
 def sequence(
@@ -25,14 +23,32 @@ def sequence(
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs one layer; shapes as in :func:`fusedrnn.functional.sequence`."""
+    parameters = in_order((weight_ih, weight_hh, bias_ih, bias_hh, weight_hr))
+    return layer(cell, x, state, parameters, batch_sizes, biases=bool(bias_ih), directions=len(weight_hh))
+
+
+def in_order(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The parameters of a layer in the order in which torch's modules have them."""
+    groups = [group for group in weights if group]
+    return [group[n] for n in range(len(groups[0])) for group in groups]
+
+
+def layer(
+    cell: Cell,
+    x: Tensor,
+    state: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    batch_sizes: Tensor | None = None,
+    *,
+    biases: bool,
+    directions: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """As :func:`sequence`, with the parameters :func:`in_order`."""
     kernel = getattr(torch, cell.builtin)
-    groups = [g for g in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if g]
-    parameters = [g[n] for n in range(len(weight_hh)) for g in groups]
     hx = tuple(state) if cell.states > 1 else state[0]
     # Outside training mode the built-in keeps nothing for a backward pass; with it, backward in eval mode
     # works.
-    train = torch.is_grad_enabled()
-    options = (parameters, bool(bias_ih), 1, 0.0, train, len(weight_hh) == 2)
+    options = (parameters, biases, 1, 0.0, torch.is_grad_enabled(), directions == 2)
     if batch_sizes is None:
         y, *final = kernel(x, hx, *options, False)
     else:
@@ -40,10 +56,9 @@ def sequence(
     return y, final
 
 
-def step(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Any) -> list[Tensor]:
-    """Runs one step by the kernel behind the built-in's cell: x ``[B, I]``, states ``[B, H]``."""
-    check_once(cell, x, state, weights, mixed_dtypes=autocast.enabled(x))
-    kernel = getattr(torch, f"{cell.builtin}_cell")
-    parameters = [group[0] for group in weights[:4] if group]
-    new = kernel(x, tuple(state) if cell.states > 1 else state[0], *parameters)
-    return list(new) if cell.states > 1 else [new]
+def step(cell: Cell, x: Tensor, hx: Any, parameters: Sequence[Tensor | None]) -> Any:
+    """Runs one step as torch's cells do: x ``[B, I]``, ``hx`` and what is returned in their form."""
+    return _STEPS[cell.builtin](x, hx, *parameters)
+
+
+_STEPS = {name: getattr(torch, f"{name}_cell") for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,42 +82,6 @@ def check(
                 raise RuntimeError(f"{name} is on {tensor.device}, x on {device}")
     if batch_sizes is not None:
         _check_batch_sizes(batch_sizes, x, B)
-
-
-def check_once(
-    cell: Cell,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Sequence[Tensor]],
-    *,
-    mixed_dtypes: bool = False,
-) -> None:
-    """Checks a padded call, or a step with ``x [B, I]``, by :func:`check`, if it is not known to fit.
-
-    For the built-in, which reads past the end of weights that are too small and takes some tensors of another
-    dtype or device.
-
-    Raises:
-        RuntimeError: as :func:`check`.
-    """
-    kind = (
-        cell.name,
-        mixed_dtypes,
-        *[tuple([(t.shape, t.dtype, t.device) for t in group]) for group in ((x,), state, *weights)],
-    )
-    if kind in _fitting:
-        return
-    if x.dim() == 2:
-        x, state = x[None], [s[None] for s in state]
-    arguments: Any = (cell, x, state, *weights, (False,) * len(weights[0]), None)
-    check(*arguments, mixed_dtypes=mixed_dtypes)
-    if len(_fitting) >= _MANY:
-        _fitting.clear()
-    _fitting.add(kind)
-
-
-_MANY = 4096
-_fitting: set[tuple] = set()
 
 
 def inputs_of(x: Tensor, weight_ih: Sequence[Tensor]) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -155,18 +154,15 @@ def explain(module: torch.nn.Module, *inputs: Any, **kwargs: Any) -> Explanation
     def leave(*_: Any) -> None:
         running.pop()
 
-    def planned(cell: Cell, *call: Any) -> Plan:
-        plan = make_plan(cell, *call)
+    def planned(plan: Plan, cell: Cell, *call: Any) -> None:
         name, before = running[-1]
         layers.append(_explain(name, len(layers) - before, plan, cell, *call))
-        return plan
 
-    make_plan = functional.plan_layer
     with ExitStack() as hooks:
         for name, part in module.named_modules():
             hooks.enter_context(part.register_forward_pre_hook(enter(name)))
             hooks.enter_context(part.register_forward_hook(leave, always_call=True))
-        hooks.enter_context(mock.patch.object(functional, "plan_layer", planned))
+        hooks.enter_context(functional.watched_plans(planned))
         module(*inputs, **kwargs)
     builtin = tuple(
         name

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from torch.autograd import forward_ad
 
 from . import autocast, backend, builtin, env, onnx, ops, reference
 from .cells import Cell, get_cell
-from .checks import check, check_once
+from .checks import check
 from .plan import KERNELS, Plan, Problem, make_plan
 from .variation import PLAIN, Variation
 
@@ -118,8 +121,11 @@ def plain_layer(
         return y, final
     if plan.backend != "torch":
         return reference.layer(spec, x, state, *weights, reverse, None, PLAIN, False)[:2]
-    check_once(spec, x, state, weights)
-    return builtin.sequence(spec, x, state, *weights, None)
+    parameters = builtin.in_order(weights)
+    if not left_to_builtin(cell, x, state, parameters):
+        check(spec, x, state, *weights, reverse, None)
+        _leave_to_builtin(cell, x, state, parameters)
+    return builtin.layer(spec, x, state, parameters, biases=bool(weights.bias_ih), directions=len(reverse))
 
 
 def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> list[Tensor]:
@@ -140,11 +146,53 @@ def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> lis
     spec = get_cell(cell)
     rows = x.unsqueeze(0)
     plan = plan_layer(spec, rows, weights, (False,), None, PLAIN, False, True)
-    if plan.backend == "torch":
-        return builtin.step(spec, x, state, weights)
     stacked = [s.unsqueeze(0) for s in state]
+    if plan.backend == "torch":
+        parameters = [group[0] for group in weights[:4] if group]
+        check(spec, rows, stacked, *weights, (False,), None, mixed_dtypes=autocast.enabled(x))
+        _leave_to_builtin(cell, x, state, parameters)
+        new = builtin.step(spec, x, tuple(state) if spec.states > 1 else state[0], parameters)
+        return list(new) if spec.states > 1 else [new]
     _, final, _ = _run(plan, spec, rows, stacked, weights, (False,), None, (PLAIN, False), promote=True)
     return [s.squeeze(0) for s in final]
+
+
+def left_to_builtin(cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor]) -> bool:
+    """Whether such a call, of one plain layer or of one step, is known to be the built-in's and to fit it.
+
+    The built-in reads past the end of weights that are too small and takes some tensors of another dtype or
+    device; and where its kernel is the quickest, a plan and checks would take as long as the kernel.
+
+    Args:
+        cell, x, state: as in :func:`sequence`, or in :func:`step`.
+        parameters: those that there are, in the order in which torch's modules have them.
+    """
+    return _kind(cell, x, state, parameters) in _left_to_builtin
+
+
+def _leave_to_builtin(cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
+    """Makes it known."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return  # sizes may be symbols
+    if len(_left_to_builtin) >= _MANY:
+        _left_to_builtin.clear()
+    _left_to_builtin.add(_kind(cell, x, state, parameters))
+
+
+def _kind(cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor]) -> tuple:
+    """All that the plan and the checks of such a call depend on."""
+    return (
+        cell,
+        torch.is_grad_enabled(),
+        autocast.enabled(x),
+        _transforms(),
+        backend.forced(),
+        *map(_facts, (x, *state, *parameters)),
+    )
+
+
+_facts = attrgetter("__class__", "shape", "dtype", "device")
+_left_to_builtin: set[tuple] = set()
 
 
 def _run(
@@ -232,6 +280,20 @@ def plan_layer(
 
 _plans: dict[tuple, Plan] = {}
 _MANY = 4096
+
+
+@contextmanager
+def watched_plans(see: Callable[..., None]) -> Iterator[None]:
+    """Inside the block every call is planned, and ``see`` is called with the plan and what it was made of."""
+    make = plan_layer
+
+    def planned(*call: Any) -> Plan:
+        plan = make(*call)
+        see(plan, *call)
+        return plan
+
+    with mock.patch.multiple(__name__, plan_layer=planned, left_to_builtin=lambda *_: False):
+        yield
 
 
 def _problem(

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autocast, compiler, functional, options, segments, stack
+from . import autocast, builtin, compiler, functional, options, segments, stack
+from .cells import CELLS
 from .functional import Weights
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # of a cell
 _NONLINEARITIES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 _AUTOCAST_MIXES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,9 +68,12 @@ class _Layers(RNNBase):
             if asked is not _NOTHING or self._options is not options.NONE:
                 raise RuntimeError("TorchScript cannot trace what torch.nn does not have")
             return super().forward(input, hx)
-        weights = self._layer_weights()
-        if asked is _NOTHING and (results := self._plain(input, hx, weights)):
+        # Read at every call, and once: a parametrization computes its tensor at each read, and weight_norm,
+        # functional_call or weight drop may have put another tensor in the place of a parameter.
+        parameters = _read(self, self._flat_weights_names)
+        if asked is _NOTHING and (results := self._plain(input, hx, parameters)):
             return results
+        weights = self._layer_weights(parameters)
         run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
         y, final, states = run(input, hx, weights, asked)
         results = y, tuple(final) if self._states > 1 else final[0]
@@ -76,13 +81,13 @@ class _Layers(RNNBase):
             return results
         return *results, tuple(states) if self._states > 1 else states[0]
 
-    def _plain(self, input: Any, hx: Any, weights: list[Weights]) -> tuple | None:
+    def _plain(self, input: Any, hx: Any, parameters: list[Tensor]) -> tuple | None:
         """One layer without options, where checks would take as long as a step of a stream.
 
         The backend checks what it is given. Where it refuses, and for a call not as simple, the result
         is None: torch's checks come first then, and its words.
         """
-        if len(weights) > 1 or self._options is not options.NONE or type(input) is not Tensor:
+        if self.num_layers > 1 or self._options is not options.NONE or type(input) is not Tensor:
             return None
         if input.dim() != 3 or torch.compiler.is_compiling() or autocast.enabled(input):
             return None
@@ -90,9 +95,16 @@ class _Layers(RNNBase):
         state = stack.zeros(x, self._state_shapes(x.size(1))) if hx is None else self._given_state(hx)
         if not state:
             return None
-        reverse = (False, True) if self.bidirectional else (False,)
+        reverse, cell = (False, True) if self.bidirectional else (False,), _CELLS[self.mode]
+        # What is recorded of a single step is most often left to the built-in.
+        recorded = x.size(0) == 1 and torch.is_grad_enabled()
         try:
-            y, final = functional.plain_layer(_CELLS[self.mode], x, state, weights[0], reverse)
+            if recorded and functional.left_to_builtin(cell, x, state, parameters):
+                biases, D = bool(self.bias), len(reverse)
+                y, final = builtin.layer(CELLS[cell], x, state, parameters, biases=biases, directions=D)
+            else:
+                weights = self._layer_weights(parameters)[0]
+                y, final = functional.plain_layer(cell, x, state, weights, reverse)
         except RuntimeError:
             return None
         return y.transpose(0, 1) if self.batch_first else y, tuple(final) if self._states > 1 else final[0]
@@ -214,10 +226,7 @@ class _Layers(RNNBase):
             self.training,
         )
 
-    def _layer_weights(self) -> list[Weights]:
-        # Read at every call, and once: a parametrization computes its tensor at each read, and weight_norm,
-        # functional_call or weight drop may have put another tensor in the place of a parameter.
-        parameters = _read(self, self._flat_weights_names)
+    def _layer_weights(self, parameters: list[Tensor]) -> list[Weights]:
         of_layer = len(parameters) // self.num_layers
         of_direction = of_layer // 2 if self.bidirectional else of_layer
         layers = []
@@ -385,14 +394,13 @@ class _Cell(RNNCellBase):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         if _traced():
             return super().forward(input, hx)
-        rank, cell = input.dim(), self._cell_name()
+        cell, parameters = self._cell_name(), _read(self, _PARAMETERS)
+        if (next_state := self._plain(cell, input, hx, parameters)) is not None:
+            return next_state
+        rank = input.dim()
         if rank not in (1, 2) or cell is None:
             self._refuse(input, hx)
-        ih, hh, bias_ih, bias_hh = _read(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        if rank == 2 and hx is not None and bias_ih is not None and bias_hh is not None:
-            weights = Weights((ih,), (hh,), (bias_ih,), (bias_hh,))
-            if next_state := self._plain(cell, input, hx, weights):
-                return next_state if self._states > 1 else next_state[0]
+        ih, hh, bias_ih, bias_hh = parameters
         shape = (*input.shape[:-1], self.hidden_size)
         if hx is None:
             state = [input.new_zeros(shape)] * self._states
@@ -419,17 +427,24 @@ class _Cell(RNNCellBase):
             final = [s[0] for s in final]
         return tuple(final) if self._states > 1 else final[0]
 
-    def _plain(self, cell: str, input: Tensor, hx: Any, weights: Weights) -> tuple[Tensor, ...] | None:
+    def _plain(self, cell: str | None, input: Any, hx: Any, parameters: list[Any]) -> Any:
         """As :meth:`_Layers._plain`, for a batch and a state that are given."""
         state = (hx,) if self._states == 1 else hx
-        if type(state) is not tuple or len(state) != self._states or autocast.enabled(input):
+        if type(state) is not tuple or {type(input), *map(type, state)} != {Tensor}:
             return None
-        if any(type(s) is not Tensor for s in state):
+        if cell is None or torch.compiler.is_compiling():
+            return None
+        present = [p for p in parameters if p is not None]
+        if functional.left_to_builtin(cell, input, state, present):
+            return builtin.step(CELLS[cell], input, hx, parameters)
+        simple = input.dim() == 2 and len(state) == self._states and not autocast.enabled(input)
+        if not simple or len(present) < len(parameters):
             return None
         try:
-            return tuple(functional.step(cell, input, state, weights))
+            final = functional.step(cell, input, state, Weights(*[(p,) for p in parameters]))
         except RuntimeError:
             return None
+        return tuple(final) if self._states > 1 else final[0]
 
     def _cell_name(self) -> str | None:
         raise NotImplementedError

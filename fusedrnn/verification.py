@@ -171,7 +171,7 @@ def _steps(case: Case, trio: Trio, precision: Precision, backend: str | None) ->
 
 
 def _residuals(case: Case, trio: Trio, backend: str | None) -> Iterator[tuple[str, tuple[float, float]]]:
-    layers: list[Weights] = trio.ours._layer_weights()  # type: ignore[operator]
+    layers: list[Weights] = trio.ours._layer_weights(trio.ours._flat_weights)  # type: ignore[operator]
     x, D = trio.inputs.x.detach(), case.shape.directions
     for number, weights in enumerate(layers):
         rows = slice(number * D, (number + 1) * D)

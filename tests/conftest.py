@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the triton backend on the CPU;
 
 import fusedrnn
 from fusedrnn import env, functional
+from fusedrnn.plan import Plan
 
 from .features import declared
 from .problems import BACKENDS
@@ -46,9 +47,7 @@ def _fp32_means_fp32() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _shown_where_it_is_said(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def _shown_where_it_is_said(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that is marked with a feature fails unless the backends that the mark names served it.
 
     Where the environment forces another one, that one is what is tested.
@@ -57,16 +56,14 @@ def _shown_where_it_is_said(
     if not said or (os.environ.get(env.BACKEND) and "free_choice" not in request.fixturenames):
         yield
         return
-    served, make_plan = set(), functional.plan_layer
+    served: set[str] = set()
 
-    def spy(*args: Any) -> Any:
-        plan = make_plan(*args)
+    def see(plan: Plan, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             served.add(plan.backend)
-        return plan
 
-    monkeypatch.setattr(functional, "plan_layer", spy)
-    yield
+    with functional.watched_plans(see):
+        yield
     assert said <= served, f"marked as shown on {sorted(said)}, served by {sorted(served)}"
 
 

@@ -213,6 +213,67 @@ def test_a_remembered_plan_is_that_of_the_call(monkeypatch):
         assert (len(made) > before) is (turn == 0)
 
 
+@pytest.mark.parametrize("name", ["GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_what_is_left_to_the_builtin_is_planned_once(name, free_choice, monkeypatch):
+    ours, builtin = getattr(fusedrnn, name)(3, 5), getattr(torch.nn, name)(3, 5)
+    ours.load_state_dict(builtin.state_dict())
+    x, h = (
+        (torch.randn(2, 3), torch.randn(2, 5))
+        if "Cell" in name
+        else (torch.randn(1, 2, 3), torch.randn(1, 2, 5))
+    )
+    hx = (h, h + 1) if name == "LSTMCell" else h
+    monkeypatch.setattr(functional, "_left_to_builtin", set())
+    ours(x, hx)
+    monkeypatch.setattr(functional, "plan_layer", lambda *_: pytest.fail("planned again"))
+    for result, expected in zip(ours(x, hx), builtin(x, hx), strict=True):
+        assert torch.equal(result, expected)
+    with pytest.raises(pytest.fail.Exception, match="planned again"):
+        ours(x[..., :1, :], hx)
+
+
+def test_two_layers_are_not_two_directions(free_choice):
+    """Though states and weights of a single step have the same sizes."""
+    x, h = torch.randn(1, 2, 5), torch.randn(2, 2, 5)
+    for kwargs in ({"bidirectional": True}, {"bidirectional": True, "bias": False}, {"num_layers": 2}):
+        ours, builtin = fusedrnn.GRU(5, 5, **kwargs), torch.nn.GRU(5, 5, **kwargs)
+        ours.load_state_dict(builtin.state_dict())
+        for _ in range(2):
+            for result, expected in zip(ours(x, h), builtin(x, h), strict=True):
+                torch.testing.assert_close(result, expected)
+
+
+def test_what_is_left_to_the_builtin_is_known_by_all_it_depends_on(monkeypatch):
+    monkeypatch.setattr(functional, "_left_to_builtin", set())
+    cell = torch.nn.GRUCell(3, 5)
+    tensors = [torch.zeros(2, 3), torch.zeros(2, 5), *cell.parameters()]
+
+    def known(*others, name="gru"):
+        x, h, *parameters = others or tensors
+        return functional.left_to_builtin(name, x, [h], parameters)
+
+    def places():
+        return (torch.no_grad(), torch.autocast("cpu"), forward_ad.dual_level(), fusedrnn.use_backend("cpu"))
+
+    assert not known()
+    functional._leave_to_builtin("gru", tensors[0], tensors[1:2], tensors[2:])
+    assert known()
+    assert not known(name="lstm")
+    assert not known(*tensors[:-1])
+    for place in places():
+        with place:
+            assert not known()
+    torch.vmap(lambda _: pytest.fail("known") if known() else _)(torch.zeros(2))
+    for i, t in enumerate(tensors):
+        for other in (t[:-1], t[None], t.double(), t.to("meta"), t.detach().as_subclass(Other)):
+            assert not known(*tensors[:i], other, *tensors[i + 1 :])
+    assert known()
+
+
+class Other(torch.Tensor):
+    """A tensor that may do anything."""
+
+
 def test_use_backend_nests_and_ends():
     assert forced() is None
     with fusedrnn.use_backend("reference"):

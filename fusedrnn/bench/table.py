@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -26,14 +24,7 @@ from .sets import Entry
 def plans() -> Iterator[set[str]]:
     """Collects the names of the backends that the planner chooses inside the block."""
     chosen: set[str] = set()
-    make_plan: Any = functional.plan_layer
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        plan = make_plan(*args, **kwargs)
-        chosen.add(plan.backend)
-        return plan
-
-    with mock.patch.object(functional, "plan_layer", record):
+    with functional.watched_plans(lambda plan, *_: chosen.add(plan.backend)):
         yield chosen
 
 
