@@ -100,6 +100,7 @@ int64_t groups_of(const PersistentPlan& plan, const GpuProblem& problem) {
 
 // A block has a multiprocessor to itself: eight warps with their weights fill its registers.
 int64_t groups_at_once(const PersistentPlan& plan, const GpuDevice& device) {
+  if (plan.exchange == Exchange::kCluster) return std::max(1, device.clusters_of(plan.slices));
   return std::max(1, device.multiprocessors / plan.slices);
 }
 
@@ -109,8 +110,7 @@ bool grants(const GpuDevice& device, Exchange exchange, int64_t slices) {
     case Exchange::kBlock:
       return slices == 1;
     case Exchange::kCluster:
-      return slices >= 2 && slices <= std::min(kMaxCluster, device.max_cluster) &&
-             (slices & (slices - 1)) == 0;
+      return device.clusters_of(slices) > 0;
     case Exchange::kGrid:
       return slices >= 2 && device.cooperative;
   }

@@ -38,8 +38,9 @@ enum class Exchange {
 
 inline constexpr int kTile = 16, kBatchTile = 8;  // units and sequences of one tensor-core product
 inline constexpr int kMaxWarps = 8;               // of a block: each holds up to 128 registers of weights
-inline constexpr int kMaxCluster = 16;            // blocks
-inline constexpr int kMaxElements = 4;            // (unit, sequence) pairs whose state a thread carries
+inline constexpr int kMaxThreads = 32 * kMaxWarps;
+inline constexpr int kClusterSizes = 4;  // 2, 4, 8 and 16 blocks
+inline constexpr int kMaxElements = 4;   // (unit, sequence) pairs whose state a thread carries
 
 // A persistent schedule. A group of `slices` blocks runs one recurrence for 8 * batch_tiles sequences; each
 // block owns U = 16 * unit_tiles units, and its unit_tiles * k_splits warps share the products of a step.
@@ -73,9 +74,22 @@ struct SharedLayout {
 
 struct GpuDevice {
   int multiprocessors;
-  int64_t shared_bytes;  // that a block can have
-  int max_cluster;       // blocks of the largest cluster it grants; 0: it has no clusters
-  bool cooperative;      // can start a grid whose blocks are all resident
+  int64_t shared_bytes;         // that a block can have
+  int clusters[kClusterSizes];  // of 2, 4, 8, ... blocks: how many it runs at once, a multiprocessor a block.
+                                // Less than have room: a cluster lies within one part of the device
+  bool cooperative;             // can start a grid whose blocks are all resident
+
+  int clusters_of(int64_t blocks) const {
+    for (int i = 0; i < kClusterSizes; ++i)
+      if (blocks == 2 << i) return clusters[i];
+    return 0;
+  }
+  // Blocks of the largest cluster it grants; 0: it has none.
+  int max_cluster() const {
+    for (int i = kClusterSizes; i > 0; --i)
+      if (clusters[i - 1] > 0) return 1 << i;
+    return 0;
+  }
 };
 
 struct GpuProblem {

@@ -12,13 +12,17 @@ from fusedrnn.lib import _testing
 Exchange, GpuDevice, PersistentPass = _testing.Exchange, _testing.GpuDevice, _testing.PersistentPass
 
 KIB = 1024
+# Of 2, 4, 8 and 16 blocks. Those of 8 and 16 as reported of an H100, the same die: its parts differ in size.
+CLUSTERS, NO_CLUSTERS = (66, 33, 15, 7), (0, 0, 0, 0)
 DEVICES = {
-    "H200": GpuDevice(multiprocessors=132, shared_bytes=227 * KIB, max_cluster=16, cooperative=True),
-    "A100": GpuDevice(multiprocessors=108, shared_bytes=163 * KIB, max_cluster=0, cooperative=True),
-    "MIG slice": GpuDevice(multiprocessors=16, shared_bytes=227 * KIB, max_cluster=8, cooperative=True),
-    "24 SMs": GpuDevice(multiprocessors=24, shared_bytes=99 * KIB, max_cluster=0, cooperative=True),
+    "H200": GpuDevice(multiprocessors=132, shared_bytes=227 * KIB, clusters=CLUSTERS, cooperative=True),
+    "A100": GpuDevice(multiprocessors=108, shared_bytes=163 * KIB, clusters=NO_CLUSTERS, cooperative=True),
+    "MIG slice": GpuDevice(
+        multiprocessors=16, shared_bytes=227 * KIB, clusters=(8, 4, 2, 0), cooperative=True
+    ),
+    "24 SMs": GpuDevice(multiprocessors=24, shared_bytes=99 * KIB, clusters=NO_CLUSTERS, cooperative=True),
     "no cooperative launch": GpuDevice(
-        multiprocessors=108, shared_bytes=163 * KIB, max_cluster=0, cooperative=False
+        multiprocessors=108, shared_bytes=163 * KIB, clusters=NO_CLUSTERS, cooperative=False
     ),
 }
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
@@ -55,7 +59,7 @@ devices = st.one_of(
         GpuDevice,
         multiprocessors=st.integers(1, 300),
         shared_bytes=st.integers(0, 300 * KIB),
-        max_cluster=st.integers(0, 32),
+        clusters=st.tuples(*[st.integers(0, 150)] * 4),
         cooperative=st.booleans(),
     ),
 )
@@ -79,7 +83,8 @@ def test_every_plan_fits(kernel, N, B, H, device):
             assert plan.slices == 1
         elif plan.exchange is Exchange.cluster:
             assert plan.slices in (2, 4, 8, 16)
-            assert plan.slices <= min(device.max_cluster, device.multiprocessors)
+            assert device.clusters_of(plan.slices) >= 1
+            assert plan.slices <= device.multiprocessors
             assert plan.slices == 2 or plan.slices // 2 * plan.units < H  # half as many would not do
         else:
             assert device.cooperative
@@ -100,7 +105,7 @@ def test_a_larger_device_offers_no_fewer_exchanges(kernel, N, B, H, device):
     larger = GpuDevice(
         multiprocessors=2 * device.multiprocessors,
         shared_bytes=2 * device.shared_bytes,
-        max_cluster=max(16, device.max_cluster),
+        clusters=[max(1, device.clusters_of(blocks)) for blocks in (2, 4, 8, 16)],
         cooperative=True,
     )
     few, many = ({p.exchange for p in _testing.plan_persistent(kernel, N, B, H, d)} for d in (device, larger))
@@ -181,6 +186,17 @@ def test_batch_is_split_while_the_device_has_room():
     assert (best.batch_tiles, best.groups) == (4, 2)
 
 
+def test_no_cluster_waits_for_another_where_there_is_a_better_plan():
+    """What has no room at once takes twice the time. Clusters have less than their share of blocks."""
+    whole = GpuDevice(multiprocessors=132, shared_bytes=227 * KIB, clusters=(66, 33, 16, 8), cooperative=True)
+    for H, B, slices in ((256, 64, 16), (512, 64, 16), (128, 128, 8)):
+        first = _testing.plan_persistent(persistent_pass("lstm"), 1, B, H, whole)[0]
+        assert (first.exchange, first.slices, first.groups) == (Exchange.cluster, slices, 128 // slices)
+        first = _testing.plan_persistent(persistent_pass("lstm"), 1, B, H, DEVICES["H200"])[0]
+        assert first.slices != slices or first.exchange is Exchange.grid
+        assert first.exchange is Exchange.grid or first.groups <= DEVICES["H200"].clusters_of(first.slices)
+
+
 def test_groups_of_a_launch():
     """Blocks and clusters queue for the device; of a grid, all groups of a launch are resident."""
     for plan in _testing.plan_persistent(persistent_pass("lstm"), 12, 1000, 100, DEVICES["H200"]):
@@ -198,7 +214,7 @@ def test_nothing_to_run_has_no_plan(sizes):
 def test_device_that_can_run_nothing():
     for shared_bytes, multiprocessors in ((0, 132), (48 * KIB, 0)):
         device = GpuDevice(
-            multiprocessors=multiprocessors, shared_bytes=shared_bytes, max_cluster=16, cooperative=True
+            multiprocessors=multiprocessors, shared_bytes=shared_bytes, clusters=CLUSTERS, cooperative=True
         )
         plans = _testing.plan_persistent(persistent_pass("lstm"), 1, 8, 512, device)
         assert plans == []

@@ -278,7 +278,7 @@ struct Measurement {
 std::vector<Measurement> measurements() {
   constexpr int kRounds = 4096;
   constexpr int64_t kReadBytes = kUnroll * kThreads * int64_t{sizeof(Vector16)};
-  const GpuDevice device = limits_of_current_device();
+  const GpuDevice device = device_limits();
   // As much shared memory as a block can have: no two of them share a multiprocessor.
   const auto spread = [&](int64_t blocks, int threads, bool cooperative) {
     return LaunchShape{blocks, threads, device.shared_bytes, 1, cooperative};
@@ -350,16 +350,6 @@ void measure(const Measurement& what, int sample, double (&result)[4]) {
   result[3] = static_cast<double>(found.nanoseconds);
 }
 
-int clusters_at_once(int blocks) {
-  const LaunchShape shape{blocks, kThreads, limits_of_current_device().shared_bytes, blocks, false};
-  const LaunchConfig config(cluster_barriers, shape, nullptr);
-  int count = 0;
-  check_cuda(
-      cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(cluster_barriers), config.get()),
-      "cudaOccupancyMaxActiveClusters");
-  return count;
-}
-
 std::string plans(CellId cell, Number number, bool tf32, bool backward, int64_t N, int64_t B, int64_t H) try {
   constexpr const char* kExchanges[] = {"block", "cluster", "grid"};
   std::string lines;
@@ -406,7 +396,7 @@ FUSEDRNN_EXPORT const char* fusedrnn_cuda_measure(int index, int sample, double*
 
 // How many clusters of so many blocks, each with a multiprocessor to itself, the current device has at once.
 FUSEDRNN_EXPORT int fusedrnn_cuda_clusters(int blocks) try {
-  return fusedrnn::cuda::clusters_at_once(blocks);
+  return fusedrnn::cuda::device_limits().clusters_of(blocks);
 } catch (const std::exception&) {
   return 0;
 }

@@ -14,8 +14,8 @@ struct LaunchShape {
   int64_t blocks;
   int threads;
   int64_t shared_bytes;
-  int cluster;       // blocks of a cluster; 1: none
-  bool cooperative;  // all blocks are resident at once
+  int cluster;               // blocks of a cluster; 1: none
+  bool cooperative = false;  // all blocks are resident at once
 };
 
 #if defined(__CUDACC__)
@@ -89,35 +89,60 @@ void launch(void (*kernel)(Params), const Params& params, const LaunchShape& sha
              "launching a kernel");
 }
 
-// Whether the blocks that must be resident together can be.
-template <class Params>
-bool fits(void (*kernel)(Params), const LaunchShape& shape) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  int count = 0;
+// A number that the device may refuse to tell: none then.
+template <class Ask>
+int count_or_none(Ask ask) {
   try {
-    const LaunchConfig config(kernel, shape, nullptr);
-    if (shape.cluster > 1) {
-      check_cuda(cudaOccupancyMaxActiveClusters(&count, function, config.get()), "an occupancy query");
-      return count > 0;
-    }
-    check_cuda(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, shape.threads, shape.shared_bytes),
-        "an occupancy query");
-    return shape.cooperative
-               ? int64_t{count} * device_attribute(cudaDevAttrMultiProcessorCount) >= shape.blocks
-               : count > 0;
+    return ask();
   } catch (const std::runtime_error&) {
     cudaGetLastError();  // a refusal is no error of whoever asks next
-    return false;
+    return 0;
   }
 }
 
-// What the current device has. The blocks of a cluster beyond 8 are asked for, and may be refused by `fits`.
-inline GpuDevice limits_of_current_device() {
-  return {device_attribute(cudaDevAttrMultiProcessorCount),
-          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          device_attribute(cudaDevAttrClusterLaunch) ? 16 : 0,
-          device_attribute(cudaDevAttrCooperativeLaunch) != 0};
+// How many clusters of that shape are resident at once.
+template <class Params>
+int clusters_at_once(void (*kernel)(Params), const LaunchShape& shape) {
+  return count_or_none([&] {
+    const LaunchConfig config(kernel, shape, nullptr);
+    // With the first attribute, the cluster's dimension. Where its blocks are to go is no part of the
+    // question.
+    cudaLaunchConfig_t asked = *config.get();
+    asked.numAttrs = 1;
+    int count = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel), &asked),
+               "an occupancy query");
+    return count;
+  });
+}
+
+// Whether the blocks that must be resident together can be.
+template <class Params>
+bool fits(void (*kernel)(Params), const LaunchShape& shape) {
+  if (shape.cluster > 1) return clusters_at_once(kernel, shape) > 0;
+  const int64_t blocks = count_or_none([&] {
+    const LaunchConfig config(kernel, shape, nullptr);
+    int count = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, reinterpret_cast<const void*>(kernel),
+                                                             shape.threads, shape.shared_bytes),
+               "an occupancy query");
+    return shape.cooperative ? count * device_attribute(cudaDevAttrMultiProcessorCount) : count;
+  });
+  return blocks >= (shape.cooperative ? shape.blocks : 1);
+}
+
+// What the current device has. `kernel`: of any cluster; its blocks get all the shared memory, so that no two
+// have one multiprocessor.
+template <class Params>
+GpuDevice limits_of_current_device(void (*kernel)(Params)) {
+  GpuDevice device{device_attribute(cudaDevAttrMultiProcessorCount),
+                   device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                   {},
+                   device_attribute(cudaDevAttrCooperativeLaunch) != 0};
+  if (device_attribute(cudaDevAttrClusterLaunch))
+    for (int i = 0; i < kClusterSizes; ++i)
+      device.clusters[i] = clusters_at_once(kernel, {2 << i, kMaxThreads, device.shared_bytes, 2 << i});
+  return device;
 }
 
 #else

@@ -178,7 +178,9 @@ void upload(const int64_t* from, int64_t count, int64_t* to, void* stream) {
 
 void set_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }
 
-GpuDevice device_limits() { return limits_of_current_device(); }
+GpuDevice device_limits() {
+  return limits_of_current_device(PersistentKernels<RnnTanh, BFloat16Operand>::forward(Exchange::kCluster));
+}
 
 uint32_t* status_word(int device) {
   static std::mutex mutex;
@@ -202,7 +204,7 @@ uint32_t* status_word(int device) {
 void set_device(int) {}
 
 // A small device, so that a user's model does not become a hundred thousand fibers.
-GpuDevice device_limits() { return {8, 227 << 10, 4, true}; }
+GpuDevice device_limits() { return {8, 227 << 10, {4, 2}, true}; }
 
 uint32_t* status_word(int) {
   thread_local uint32_t word = 0;

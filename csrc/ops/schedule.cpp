@@ -176,7 +176,7 @@ std::vector<int64_t> candidates(const Call& call, bool backward, const Place& pl
   const std::optional<PersistentPlan> chosen = choose_plan(call, backward, place);
   const GpuDevice device = device_limits();
   std::vector<int64_t> figures{
-      device.multiprocessors, device.shared_bytes, device.max_cluster, device.cooperative, -1, 0};
+      device.multiprocessors, device.shared_bytes, device.max_cluster(), device.cooperative, -1, 0};
   const Number number = number_of(call.dtype);
   if (number == Number::kDouble || call.projected()) return figures;
   const GpuProblem problem{pass_of(call.id, number, call.tf32, backward), call.N, call.B, call.H};

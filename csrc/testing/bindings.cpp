@@ -86,11 +86,18 @@ void bind_persistent_plans(py::module_& m) {
            py::arg("prefetched"), py::arg("register_steps"), py::arg("element_bytes"))
       .def_readonly("register_steps", &PersistentPass::register_steps);
   py::class_<GpuDevice>(m, "GpuDevice")
-      .def(py::init<int, int64_t, int, bool>(), py::kw_only(), py::arg("multiprocessors"),
-           py::arg("shared_bytes"), py::arg("max_cluster"), py::arg("cooperative"))
+      .def(py::init([](int multiprocessors, int64_t shared_bytes, std::array<int, kClusterSizes> clusters,
+                       bool cooperative) {
+             GpuDevice device{multiprocessors, shared_bytes, {}, cooperative};
+             std::copy(clusters.begin(), clusters.end(), device.clusters);
+             return device;
+           }),
+           py::kw_only(), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("clusters"),
+           py::arg("cooperative"))
       .def_readonly("multiprocessors", &GpuDevice::multiprocessors)
       .def_readonly("shared_bytes", &GpuDevice::shared_bytes)
-      .def_readonly("max_cluster", &GpuDevice::max_cluster)
+      .def_property_readonly("max_cluster", &GpuDevice::max_cluster)
+      .def("clusters_of", &GpuDevice::clusters_of)
       .def_readonly("cooperative", &GpuDevice::cooperative);
   py::class_<PersistentPlan>(m, "PersistentPlan")
       .def_readonly("exchange", &PersistentPlan::exchange)
