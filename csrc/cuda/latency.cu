@@ -44,7 +44,7 @@ struct Time {
 // By all threads of a block.
 FUSEDRNN_DEVICE Time now() {
   sync_block();
-  const Time time{clock64(), static_cast<int64_t>(::cuda::ptx::get_sreg_globaltimer())};
+  const Time time{clock64(), nanoseconds()};
   sync_block();
   return time;
 }
@@ -155,6 +155,36 @@ FUSEDRNN_MEASUREMENT(cluster_gather) {
     mbarrier_wait(barrier, round >> 1 & 1, deadline);
   }
   finish(p, begin, 0);
+  sync_cluster();
+}
+
+// What blocks of a cluster have in common comes from L2 once: every block multicasts its part of p.count
+// bytes to all and waits for those of all.
+FUSEDRNN_MEASUREMENT(cluster_multicast) {
+#if __CUDA_ARCH__ >= 900
+  auto* barriers = reinterpret_cast<Mbarrier*>(shared_memory());
+  const int part = p.count / p.blocks, from = cluster_rank() * part;
+  const auto everyone = static_cast<uint16_t>((1 << p.blocks) - 1);
+  Deadline deadline(&p.result->status);
+  if (thread_index() == 0) {
+    mbarrier_init(&barriers[0], 1);
+    mbarrier_init(&barriers[1], 1);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  const Time begin = now();
+  for (int round = 0; round < p.rounds && !deadline.expired(); ++round) {
+    Mbarrier* barrier = &barriers[round & 1];
+    if (thread_index() == 0) {
+      mbarrier_expect(barrier, p.count);
+      ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global,
+                                 shared_memory() + kLine + from, p.memory + from, part, barrier, everyone);
+    }
+    sync_warp();
+    mbarrier_wait(barrier, round >> 1 & 1, deadline);
+  }
+  finish(p, begin, 0);
+#endif
   sync_cluster();
 }
 
@@ -304,6 +334,8 @@ std::vector<Measurement> measurements() {
     all.push_back(
         {"flags of " + (blocks == device.multiprocessors ? "all" : std::to_string(blocks)) + " blocks",
          flag_gather, spread(blocks, kWarp, true), kRounds, 0, 1, 0});
+  all.push_back({"flags of all blocks, read by 8 warps of each", flag_gather,
+                 spread(device.multiprocessors, kThreads, true), kRounds, 0, 1, 0});
   for (int blocks : {8, 16, 32, 64})
     if (blocks <= device.multiprocessors)
       all.push_back({"exchange of 16 KiB, " + std::to_string(blocks) + " blocks of a grid", grid_gather,
@@ -324,6 +356,8 @@ std::vector<Measurement> measurements() {
     gather("exchange of 16 B from each", 1, false);
     gather("exchange of 16 KiB", 1024 / blocks, false);
     gather("exchange rate at 64 KiB", 4096 / blocks, true);
+    all.push_back({"L2 multicast of 64 KiB" + of, cluster_multicast, cluster(blocks, kWarp), kRounds,
+                   64 << 10, 0, 64 << 10});
   }
   return all;
 }
