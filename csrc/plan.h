@@ -131,9 +131,14 @@ FUSEDRNN_HD int64_t register_bytes(const PersistentPlan& plan, const PersistentP
   return (held < steps ? held : steps) * plan.unit_tiles * plan.k_splits * pass.m_tiles * 512;
 }
 
+// Floats from what is copied ahead for a thread to what is for the next one: odd, for threads of a warp to
+// meet in no bank.
+FUSEDRNN_HD int prefetch_stride(const PersistentPlan& plan, const PersistentPass& pass) {
+  return plan.elements() * pass.prefetched | 1;
+}
+
 FUSEDRNN_HD SharedLayout shared_layout(const PersistentPlan& plan, const PersistentPass& pass) {
-  const int64_t threads = 32 * plan.unit_tiles * plan.k_splits, rows = kBatchTile * plan.batch_tiles;
-  const int64_t elements = (plan.batch_tiles * 4 + plan.k_splits - 1) / plan.k_splits;
+  const int64_t threads = plan.threads(), rows = kBatchTile * plan.batch_tiles;
   const int64_t buffers = plan.exchange == Exchange::kBlock ? 1 : plan.exchange == Exchange::kCluster ? 2 : 0;
   const int64_t rest = k_steps_of_warp(plan, pass) - held_steps(plan.exchange, pass);
   SharedLayout at{};
@@ -141,8 +146,9 @@ FUSEDRNN_HD SharedLayout shared_layout(const PersistentPlan& plan, const Persist
   at.operand_bytes = k_steps(plan, pass) * rows * 32;
   at.partial = at.operand + buffers * at.operand_bytes;
   at.prefetch = at.partial + plan.k_splits * pass.m_tiles * rows * (kTile * plan.unit_tiles + 4) * 4;
-  at.staging = at.prefetch + elements * pass.prefetched * threads * 4;
-  at.weights = at.staging + (buffers == 2 ? elements * pass.published * threads * pass.element_bytes : 0);
+  at.staging = at.prefetch + threads * prefetch_stride(plan, pass) * 4;
+  at.weights =
+      at.staging + (buffers == 2 ? plan.elements() * pass.published * threads * pass.element_bytes : 0);
   at.bytes = at.weights + (rest > 0 ? rest : 0) * plan.unit_tiles * plan.k_splits * pass.m_tiles * 512;
   return at;
 }

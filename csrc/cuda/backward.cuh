@@ -44,7 +44,7 @@ class BackwardPass {
   FUSEDRNN_DEVICE BackwardPass(const Params& p, const Place& at, int64_t group, float* prefetched)
       : p_(p),
         at_(at),
-        prefetched_(prefetched + thread_index()),
+        prefetched_(prefetched),
         n_(p.first + static_cast<int>(group % p.N)),
         b0_(static_cast<int>(group / p.N) * at.rows + at.row0),
         unit_(at.slice * at.units + at.unit),
@@ -65,50 +65,33 @@ class BackwardPass {
       for (int j = 0; j < kStates; ++j) dstate_[i][j] = exists(i) ? widen(p.dfinal[j][initial(i)]) : 0.0f;
     here_ = order_.at(0);
     next_ = order_.at(1);
-    after_ = order_.at(2);
   }
 
   FUSEDRNN_DEVICE int steps() const { return order_.T; }
 
-  // Of 16 units of the previous h from `units` of the block on: k counts (slice, gate, unit).
+  // Of 16 units of the previous h from `units` of the block on: k0 + k counts (slice, gate, unit). A step of
+  // K lies in one gate of one slice.
   FUSEDRNN_DEVICE static auto weights(const Params& p, const Place& at, int64_t group, int units) {
     const auto* weight = static_cast<const E*>(p.weights[group % p.N].hh);
-    return [weight, first = at.slice * at.units + units, H = p.H, U = at.units](int, int row, int k) {
-      const int from = first + row, gate = k / U % kGates, unit = k / (U * kGates) * U + k % U;
-      return load_if(from < H && unit < H, weight, (int64_t{gate} * H + unit) * H + from);
+    return [weight, first = at.slice * at.units + units, H = p.H, U = at.units](int, int k0) {
+      const int block = k0 / U, gate = block % kGates, unit = block / kGates * U + (k0 - block * U);
+      const E* from = weight + (int64_t{gate} * H + unit) * H + first;
+      return [from, rows = H - first, columns = H - unit, H](int row, int k) {
+        return load_if(row < rows && k < columns, from + k * H + row);
+      };
     };
   }
 
   template <class Exchange>
   FUSEDRNN_DEVICE void begin(Exchange& exchange) {
-    prefetch();
+    prefetch_step(0);
     copy_async_wait();
     gates(0, exchange);
   }
 
-  FUSEDRNN_DEVICE void prefetch() {
-#pragma unroll
-    for (int i = 0; i < kMaxElements; ++i) {
-      if (!alive(i)) continue;
-      const int64_t at = (here_.offset + sequence(i)) * p_.all + n_;
-      const int64_t from = at * kGates * p_.H + unit_;
-      if constexpr (kRecomputed > 0)
-#pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) {
-          copy_async(prefetched(i, gate), p_.gx + from + gate * p_.H);
-          if constexpr (!Cell::kSameGates)
-            copy_async(prefetched(i, kGates + gate), p_.gh + from + gate * p_.H);
-        }
-#pragma unroll
-      for (int j = 1; j < kStates; ++j) {
-        copy_async(prefetched(i, kRecomputed + 2 * j - 2), p_.kept[j] + at * p_.H + unit_);
-        if (sequence(i) < next_.count)  // a step before this one
-          copy_async(prefetched(i, kRecomputed + 2 * j - 1), p_.kept[j] + previous(i));
-      }
-      dy_[i] = p_.dy ? widen(p_.dy[at * p_.H + unit_]) : 0.0f;
-      h_[i] = p_.y[at * p_.H + unit_];
-      h_previous_[i] = p_.h_previous[at * p_.H + unit_];
-    }
+  FUSEDRNN_DEVICE void prefetch(int s) {
+    prefetch_step(s + 1);
+    store();
   }
 
   template <class Exchange>
@@ -132,6 +115,47 @@ class BackwardPass {
   }
 
  private:
+  FUSEDRNN_DEVICE void prefetch_step(int s) {
+#pragma unroll
+    for (int i = 0; i < kMaxElements; ++i) {
+      if (!alive(i, here_)) continue;
+      const int64_t at = (here_.offset + sequence(i)) * p_.all + n_;
+      const int64_t from = at * kGates * p_.H + unit_;
+      if constexpr (kRecomputed > 0)
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) {
+          copy_async(prefetched(i, gate), p_.gx + from + gate * p_.H);
+          if constexpr (!Cell::kSameGates)
+            copy_async(prefetched(i, kGates + gate), p_.gh + from + gate * p_.H);
+        }
+#pragma unroll
+      for (int j = 1; j < kStates; ++j) {
+        copy_async(prefetched(i, kRecomputed + 2 * j - 2), p_.kept[j] + at * p_.H + unit_);
+        if (sequence(i) < next_.count)  // a step before this one
+          copy_async(prefetched(i, kRecomputed + 2 * j - 1), p_.kept[j] + previous(i));
+      }
+      // As they are: to widen one here would be to wait for it.
+      dy_[i] = p_.dy ? p_.dy[at * p_.H + unit_] : narrow<E>(0.0f);
+      h_[i] = p_.y[at * p_.H + unit_];
+      h_previous_[i] = p_.h_previous[at * p_.H + unit_];
+    }
+    after_ = order_.at(s + 2);
+  }
+
+  // Gradients of the gates of the last step. Called once its operand is published: no peer waits for these.
+  FUSEDRNN_DEVICE void store() {
+#pragma unroll
+    for (int i = 0; i < kMaxElements; ++i) {
+      if (!alive(i, before_)) continue;
+      const int64_t to = ((before_.offset + sequence(i)) * p_.all + n_) * kGates * p_.H + unit_;
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        p_.dgx[to + gate * p_.H] = dgx_[i][gate];
+        if constexpr (!Cell::kSameGates) p_.dgh[to + gate * p_.H] = dgh_[i][gate];
+      }
+    }
+  }
+
   // The pointwise part of step s. Where a sequence does not take part, its gradients wait and its dgh are 0.
   template <class Exchange>
   FUSEDRNN_DEVICE void gates(int s, Exchange& exchange) {
@@ -141,11 +165,11 @@ class BackwardPass {
       Array<V, kGates> dgh;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) dgh[gate] = V(0);
-      if (alive(i)) {
+      if (alive(i, here_)) {
         Array<V, kStates> state, next, dnext;
         state[0] = V(widen(h_previous_[i]));
         next[0] = V(widen(h_[i]));
-        dnext[0] = V(dstate_[i][0] + dy_[i]);
+        dnext[0] = V(dstate_[i][0] + widen(dy_[i]));
 #pragma unroll
         for (int j = 1; j < kStates; ++j) {
           state[j] = V(sequence(i) < next_.count ? *prefetched(i, kRecomputed + 2 * j - 1)
@@ -154,12 +178,11 @@ class BackwardPass {
           dnext[j] = V(dstate_[i][j]);
         }
         const auto d = Cell::backward(dnext, saved(i, state), state, next);
-        const int64_t to = ((here_.offset + sequence(i)) * p_.all + n_) * kGates * p_.H + unit_;
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) {
           dgh[gate] = d.dgh[gate];
-          p_.dgx[to + gate * p_.H] = narrow<E>(value_of(d.dgx[gate]));
-          if constexpr (!Cell::kSameGates) p_.dgh[to + gate * p_.H] = narrow<E>(value_of(d.dgh[gate]));
+          dgx_[i][gate] = narrow<E>(value_of(d.dgx[gate]));
+          if constexpr (!Cell::kSameGates) dgh_[i][gate] = narrow<E>(value_of(d.dgh[gate]));
         }
 #pragma unroll
         for (int j = 0; j < kStates; ++j) dstate_[i][j] = value_of(d.dstate[j]);
@@ -172,9 +195,9 @@ class BackwardPass {
     b0_ = opaque(b0_);
     n_ = opaque(n_);
     unit_ = opaque(unit_);
+    before_ = here_;
     here_ = next_;
     next_ = after_;
-    after_ = order_.at(s + 3);
   }
 
   FUSEDRNN_DEVICE auto saved(int i, const Array<V, kStates>& state) const {
@@ -193,25 +216,25 @@ class BackwardPass {
 
   FUSEDRNN_DEVICE int sequence(int i) const { return b0_ + i * at_.row_stride; }
   FUSEDRNN_DEVICE bool exists(int i) const { return at_.has(i) && unit_ < p_.H && sequence(i) < p_.B; }
-  FUSEDRNN_DEVICE bool alive(int i) const { return at_.has(i) && unit_ < p_.H && sequence(i) < here_.count; }
+  FUSEDRNN_DEVICE bool alive(int i, const Cursor& step) const {
+    return at_.has(i) && unit_ < p_.H && sequence(i) < step.count;
+  }
   FUSEDRNN_DEVICE int64_t previous(int i) const {
     return ((next_.offset + sequence(i)) * p_.all + n_) * p_.H + unit_;
   }
   FUSEDRNN_DEVICE int64_t initial(int i) const { return (int64_t{n_} * p_.B + sequence(i)) * p_.H + unit_; }
-  FUSEDRNN_DEVICE float* prefetched(int i, int j) const {
-    return prefetched_ + (i * kPrefetched + j) * threads_of_block();
-  }
+  FUSEDRNN_DEVICE float* prefetched(int i, int j) const { return prefetched_ + i * kPrefetched + j; }
 
   const Params& p_;
   const Place& at_;
   float* prefetched_;
   int n_, b0_, unit_;
   Order order_;
-  Cursor here_, next_, after_;  // of the step to come and of those it started from
+  Cursor before_{0, 0}, here_, next_, after_;  // of the last step, of the one to come and of those after it
   float bias_x_[kGates], bias_h_[kGates];
   float dstate_[kMaxElements][kStates];
-  float dy_[kMaxElements];
-  E h_[kMaxElements], h_previous_[kMaxElements];
+  E dy_[kMaxElements], h_[kMaxElements], h_previous_[kMaxElements];
+  E dgx_[kMaxElements][kGates], dgh_[kMaxElements][Cell::kSameGates ? 1 : kGates];
 };
 
 }  // namespace fusedrnn::cuda

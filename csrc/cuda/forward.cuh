@@ -31,7 +31,7 @@ class ForwardPass {
   FUSEDRNN_DEVICE ForwardPass(const Params& p, const Place& at, int64_t group, float* prefetched)
       : p_(p),
         at_(at),
-        prefetched_(prefetched + thread_index()),
+        prefetched_(prefetched),
         n_(p.first + static_cast<int>(group % p.N)),
         b0_(static_cast<int>(group / p.N) * at.rows + at.row0),
         unit_(at.slice * at.units + at.unit),
@@ -51,17 +51,18 @@ class ForwardPass {
 #pragma unroll
       for (int s = 0; s < kStates; ++s) state_[i][s] = exists(i) ? widen(p.state0[s][initial(i)]) : 0.0f;
     here_ = order_.at(0);
-    next_ = order_.at(1);
   }
 
   FUSEDRNN_DEVICE int steps() const { return order_.T; }
 
-  // Of 16 units from `units` of the block on: tile is the gate, k the unit of the previous h.
+  // Of 16 units from `units` of the block on: tile is the gate, k0 + k the unit of the previous h.
   FUSEDRNN_DEVICE static auto weights(const Params& p, const Place& at, int64_t group, int units) {
     const auto* weight = static_cast<const E*>(p.weights[group % p.N].hh);
-    return [weight, first = at.slice * at.units + units, H = p.H](int gate, int row, int k) {
-      const int unit = first + row;
-      return load_if(unit < H && k < H, weight, (int64_t{gate} * H + unit) * H + k);
+    return [weight, first = at.slice * at.units + units, H = p.H](int gate, int k0) {
+      const E* from = weight + (int64_t{gate} * H + first) * H + k0;
+      return [from, rows = H - first, columns = H - k0, H](int row, int k) {
+        return load_if(row < rows && k < columns, from + row * H + k);
+      };
     };
   }
 
@@ -72,8 +73,7 @@ class ForwardPass {
       if (at_.has(i)) exchange.stage(0, i, 0, Op::operand(state_[i][0]));
   }
 
-  FUSEDRNN_DEVICE void prefetch() {
-    store();
+  FUSEDRNN_DEVICE void prefetch(int s) {
 #pragma unroll
     for (int i = 0; i < kMaxElements; ++i)
       if (alive(i, here_)) {
@@ -81,6 +81,8 @@ class ForwardPass {
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) copy_async(prefetched(i, gate), gx + gate * p_.H);
       }
+    store();
+    next_ = order_.at(s + 1);
   }
 
   template <class Exchange>
@@ -113,7 +115,6 @@ class ForwardPass {
     unit_ = opaque(unit_);
     before_ = here_;
     here_ = next_;
-    next_ = order_.at(s + 2);
   }
 
   FUSEDRNN_DEVICE void end() {
@@ -146,9 +147,7 @@ class ForwardPass {
   }
   FUSEDRNN_DEVICE int64_t row(int i, const Cursor& step) const { return step.offset + sequence(i); }
   FUSEDRNN_DEVICE int64_t initial(int i) const { return (int64_t{n_} * p_.B + sequence(i)) * p_.H + unit_; }
-  FUSEDRNN_DEVICE float* prefetched(int i, int j) const {
-    return prefetched_ + (i * kGates + j) * threads_of_block();
-  }
+  FUSEDRNN_DEVICE float* prefetched(int i, int j) const { return prefetched_ + i * kGates + j; }
 
   const Params& p_;
   const Place& at_;

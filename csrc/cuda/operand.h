@@ -61,7 +61,7 @@ struct Tf32Operand {
 };
 
 // ieee fp32: no tensor core multiplies it. A lane needs whole rows, so a tile lies in shared memory as
-// [16 rows][8]; the sums are where the tensor cores would leave them.
+// [16 rows][8].
 struct FloatOperand {
   using Element = float;
   using Value = float;

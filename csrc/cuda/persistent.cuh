@@ -9,8 +9,9 @@
 // them in a forward) over its part of K. The weights of its first kRegisterSteps steps of K are in registers,
 // the others in shared memory.
 //
-// A pass: begin stages the first operand; prefetch starts the copies that the next step will read; step turns
-// the sums of product s into state and stages operand s + 1, if there is one; end writes what is final.
+// A pass: begin stages the first operand; prefetch, once operand s is published, starts the copies that step
+// will read and stores what no peer waits for; step turns the sums of product s into state and stages operand
+// s + 1, if there is one; end writes what is final.
 #pragma once
 
 #include "exchange.h"
@@ -96,11 +97,12 @@ struct Partial {
   }
 };
 
-// values[i], or zero outside: without a branch, so that many loads can be under way.
+// What is at `from`, or zero outside.
 template <class E>
-FUSEDRNN_DEVICE E load_if(bool inside, const E* values, int64_t i) {
-  const E value = values[inside ? i : 0];
-  return inside ? value : narrow<E>(0.0f);
+FUSEDRNN_DEVICE E load_if(bool inside, const E* from) {
+  E value = narrow<E>(0.0f);
+  if (inside) value = *from;
+  return value;
 }
 
 template <class Op, int kTiles, int kHeldSteps>
@@ -110,22 +112,31 @@ struct WarpWeights {
   FragmentA held[kHeld > 0 ? kHeld : 1][kTiles];
   char* rest;  // [steps][kTiles] tiles
 
-  // weight(tile, row, k): of row 0..15 of the warp's units, k counted over the whole operand.
+  // weight(tile, k0)(row, k): of row 0..15 of the warp's units and k of the step that begins with k0, which
+  // counts over the whole operand. What a step has in common is computed once: short sequences are over soon.
   template <class Weight>
   FUSEDRNN_DEVICE WarpWeights(const Place& at, char* shared, Weight weight) : rest(shared) {
     const auto words = [&](int k_step, int tile, uint32_t (&out)[4]) {
+      const auto of_step = weight(tile, k_step * Op::kStep);
 #pragma unroll
-      for (int w = 0; w < 4; ++w)
-        out[w] = Op::word(lane_index(), w,
-                          [&](int row, int k) { return weight(tile, row, k_step * Op::kStep + k); });
+      for (int w = 0; w < 4; ++w) out[w] = Op::word(lane_index(), w, of_step);
     };
+    // Loads wait for a branch: of a chunk all steps are loaded, also those past the end, which are not
+    // multiplied.
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
+    for (int first = 0; first < kHeld; first += kChunk)
+      if (at.first_k + first < at.end_k)
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        if (at.first_k + i < at.end_k) words(at.first_k + i, tile, held[i][tile].words);
-    for (int k_step = at.first_k + kHeld; k_step < at.end_k; ++k_step)
-      for (int tile = 0; tile < kTiles; ++tile) words(k_step, tile, of_rest(at, k_step, tile)->words);
+        for (int i = first; i < first + kChunk && i < kHeld; ++i)
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) words(at.first_k + i, tile, held[i][tile].words);
+    for (int k_step = at.first_k + kHeld; k_step < at.end_k; ++k_step) {
+      Vector16 tiles[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) words(k_step, tile, tiles[tile].words);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) *of_rest(at, k_step, tile) = tiles[tile];
+    }
     // Of the rest a lane may read what others of its warp wrote: the barrier in the first publish is theirs
     // too.
   }
@@ -135,6 +146,14 @@ struct WarpWeights {
     return reinterpret_cast<Vector16*>(rest + (i * kTiles + tile) * 512 + lane_index() * 16);
   }
 };
+
+// The two sequences of a tile that a lane has sums of: where the tensor cores leave them; without those, such
+// that lanes which load different ones meet in no bank of shared memory.
+template <class Op>
+FUSEDRNN_DEVICE int row_of_sum(int i) {
+  const int q = lane_index() % 4;
+  return Op::kTensorCore ? 2 * q + i : q + 4 * i;
+}
 
 template <class Op, int kTiles, int kHeld, class Exchange>
 FUSEDRNN_DEVICE void multiply(const Place& at, const WarpWeights<Op, kTiles, kHeld>& weights,
@@ -178,12 +197,12 @@ FUSEDRNN_DEVICE void multiply(const Place& at, const WarpWeights<Op, kTiles, kHe
           }
     }
   } else {
-    operand += (batch_tile * kBatchTile + 2 * q) * 32;
+    operand += (batch_tile * kBatchTile + row_of_sum<Op>(0)) * 32;
     for (int k_step = at.first_k; k_step < at.end_k; ++k_step)
 #pragma unroll
       for (int piece = 0; piece < 4; ++piece) {
         const char* from = operand + k_step * step_bytes + piece * 8;
-        const Vector8 b0 = Exchange::load(from), b1 = Exchange::load(from + 32);
+        const Vector8 b0 = Exchange::load(from), b1 = Exchange::load(from + 4 * 32);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           const auto* rows = reinterpret_cast<const Vector8*>(
@@ -203,7 +222,7 @@ FUSEDRNN_DEVICE void multiply(const Place& at, const WarpWeights<Op, kTiles, kHe
 }
 
 template <class Pass, template <class, int> class ExchangeOf>
-FUSEDRNN_KERNEL(32 * kMaxWarps)
+FUSEDRNN_KERNEL(kMaxThreads)
 persistent(FUSEDRNN_PARAMS typename Pass::Params p) {
   using Op = typename Pass::Operand;
   constexpr int kTiles = Pass::kTiles;
@@ -237,7 +256,9 @@ persistent(FUSEDRNN_PARAMS typename Pass::Params p) {
   const WarpWeights<Op, kTiles, kHeld> weights(
       at, shared + layout.weights + warp_index() * (rest > 0 ? rest : 0) * kTiles * 512,
       Pass::weights(p, at, group, kTile * unit_tile));
-  Pass pass(p, at, group, reinterpret_cast<float*>(shared + layout.prefetch));
+  Pass pass(
+      p, at, group,
+      reinterpret_cast<float*>(shared + layout.prefetch) + thread_index() * prefetch_stride(p.plan, kPass));
   const Partial partial{reinterpret_cast<float*>(shared + layout.partial), p.plan.k_splits, kTiles, at.rows,
                         at.units};
 
@@ -246,7 +267,7 @@ persistent(FUSEDRNN_PARAMS typename Pass::Params p) {
   for (int s = 0; s < T; ++s) {
     const auto epoch = static_cast<uint32_t>(s);
     exchange.publish(epoch);
-    pass.prefetch();
+    pass.prefetch(s);
     exchange.receive(epoch);
     for (int batch_tile = 0; batch_tile < p.plan.batch_tiles; ++batch_tile) {
       float sums[kTiles * kChains<kTiles>][4] = {};
@@ -255,12 +276,14 @@ persistent(FUSEDRNN_PARAMS typename Pass::Params p) {
       for (int chain = kTiles; chain < kTiles * kChains<kTiles>; ++chain)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[chain % kTiles][i] += sums[chain][i];
-      const int row = batch_tile * kBatchTile + 2 * (lane_index() % 4);
       const int unit = kTile * unit_tile + lane_index() / 4;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) partial.at(split, tile, row + i % 2, unit + 8 * (i / 2)) = sums[tile][i];
+        for (int i = 0; i < 4; ++i) {
+          const int row = batch_tile * kBatchTile + row_of_sum<Op>(i % 2);
+          partial.at(split, tile, row, unit + 8 * (i / 2)) = sums[tile][i];
+        }
     }
     sync_block();
     copy_async_wait();

@@ -25,6 +25,13 @@ class Deadline {
 
 #if defined(__CUDACC__)
 
+// Of a clock that all processors share.
+FUSEDRNN_DEVICE int64_t nanoseconds() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
 template <class Ready>
 FUSEDRNN_DEVICE void Deadline::poll(Ready ready) {
   constexpr uint32_t kPollsPerLook = 1024;
@@ -32,8 +39,7 @@ FUSEDRNN_DEVICE void Deadline::poll(Ready ready) {
   int64_t begin = 0;
   for (uint32_t polls = 1; !expired_ && !ready(); ++polls) {
     if (polls % kPollsPerLook) continue;
-    int64_t now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    const int64_t now = nanoseconds();
     if (!begin) begin = now;
     if (now - begin > kNanoseconds) expire();
   }
