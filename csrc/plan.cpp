@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
 
 namespace fusedrnn {
@@ -87,8 +88,9 @@ double step_cycles(const PersistentPlan& plan, const GpuProblem& problem) {
   const double row_of_sums = plan.k_splits * pass.m_tiles * plan.units() * 4.0;  // bytes
   const double sums = row_of_sums * (plan.rows() + live_rows) / kSharedRate + kBarrier + kSharedLatency;
 
-  const double elements = std::max(live_rows / (2 * plan.k_splits), plan.units() * live_rows / 128);
-  const double cell = std::max(kCellLatency, kCellIssue * elements);
+  // The warps of a scheduler share what it issues; a thread computes two elements at a time.
+  const double issued = plan.units() * live_rows / 128, pairs = std::ceil(live_rows / (4 * plan.k_splits));
+  const double cell = std::max(kCellLatency * pairs, kCellIssue * issued);
 
   return hand_over + loads + weights + products + sums + cell;
 }

@@ -132,9 +132,10 @@ FUSEDRNN_HD int64_t register_bytes(const PersistentPlan& plan, const PersistentP
 }
 
 // Floats from what is copied ahead for a thread to what is for the next one: odd, for threads of a warp to
-// meet in no bank.
+// meet in no bank. Elements are computed two at a time, if there is more than one.
 FUSEDRNN_HD int prefetch_stride(const PersistentPlan& plan, const PersistentPass& pass) {
-  return plan.elements() * pass.prefetched | 1;
+  const int elements = plan.elements() == 1 ? 1 : (plan.elements() + 1) / 2 * 2;
+  return elements * pass.prefetched | 1;
 }
 
 FUSEDRNN_HD SharedLayout shared_layout(const PersistentPlan& plan, const PersistentPass& pass) {

@@ -60,9 +60,11 @@ class BackwardPass {
       if constexpr (Cell::kSameGates) bias_x_[gate] += bias_h_[gate];
     }
 #pragma unroll
-    for (int i = 0; i < kMaxElements; ++i)
+    for (int i = 0; i < kMaxElements; ++i) {
 #pragma unroll
       for (int j = 0; j < kStates; ++j) dstate_[i][j] = exists(i) ? widen(p.dfinal[j][initial(i)]) : 0.0f;
+      dy_[i] = h_[i] = h_previous_[i] = narrow<E>(0.0f);
+    }
     here_ = order_.at(0);
     next_ = order_.at(1);
   }
@@ -96,13 +98,12 @@ class BackwardPass {
 
   template <class Exchange>
   FUSEDRNN_DEVICE void step(int s, const Partial& partial, Exchange& exchange) {
+    for_elements(at_, [&]<int kFirst, int kCount>(Constant<kFirst>, Constant<kCount>) {
+      float sums[kCount][1];
+      partial.sums(at_.row(kFirst), at_.has(kFirst + kCount - 1) ? at_.row_stride : 0, at_.unit, sums);
 #pragma unroll
-    for (int i = 0; i < kMaxElements; ++i)
-      if (at_.has(i)) {
-        float sum[1];
-        partial.sums(at_.row(i), at_.unit, sum);
-        dstate_[i][0] += sum[0];
-      }
+      for (int i = kFirst; i < kFirst + kCount; ++i) dstate_[i][0] += sums[i - kFirst][0];
+    });
     if (s + 1 < order_.T) gates(s + 1, exchange);
   }
 
@@ -131,8 +132,11 @@ class BackwardPass {
 #pragma unroll
       for (int j = 1; j < kStates; ++j) {
         copy_async(prefetched(i, kRecomputed + 2 * j - 2), p_.kept[j] + at * p_.H + unit_);
+        float* before = prefetched(i, kRecomputed + 2 * j - 1);
         if (sequence(i) < next_.count)  // a step before this one
-          copy_async(prefetched(i, kRecomputed + 2 * j - 1), p_.kept[j] + previous(i));
+          copy_async(before, p_.kept[j] + previous(i));
+        else
+          *before = widen(p_.state0[j][initial(i)]);
       }
       // As they are: to widen one here would be to wait for it.
       dy_[i] = p_.dy ? p_.dy[at * p_.H + unit_] : narrow<E>(0.0f);
@@ -159,38 +163,39 @@ class BackwardPass {
   // The pointwise part of step s. Where a sequence does not take part, its gradients wait and its dgh are 0.
   template <class Exchange>
   FUSEDRNN_DEVICE void gates(int s, Exchange& exchange) {
+    for_elements(at_, [&]<int kFirst, int kCount>(Constant<kFirst>, Constant<kCount>) {
+      float dgh[kCount][kGates] = {};
+      if (sequence(kFirst) < here_.count)
 #pragma unroll
-    for (int i = 0; i < kMaxElements; ++i) {
-      if (!at_.has(i)) continue;
-      Array<V, kGates> dgh;
+        for (int i = kFirst; i < kFirst + kCount; ++i) {
+          Array<V, kStates> state, next, dnext;
+          state[0] = V(widen(h_previous_[i]));
+          next[0] = V(widen(h_[i]));
+          dnext[0] = V(dstate_[i][0] + widen(dy_[i]));
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) dgh[gate] = V(0);
-      if (alive(i, here_)) {
-        Array<V, kStates> state, next, dnext;
-        state[0] = V(widen(h_previous_[i]));
-        next[0] = V(widen(h_[i]));
-        dnext[0] = V(dstate_[i][0] + widen(dy_[i]));
+          for (int j = 1; j < kStates; ++j) {
+            state[j] = V(*prefetched(i, kRecomputed + 2 * j - 1));
+            next[j] = V(*prefetched(i, kRecomputed + 2 * j - 2));
+            dnext[j] = V(dstate_[i][j]);
+          }
+          const auto d = Cell::backward(dnext, saved(i, state), state, next);
+          const bool taken = alive(i, here_);
 #pragma unroll
-        for (int j = 1; j < kStates; ++j) {
-          state[j] = V(sequence(i) < next_.count ? *prefetched(i, kRecomputed + 2 * j - 1)
-                                                 : widen(p_.state0[j][initial(i)]));
-          next[j] = V(*prefetched(i, kRecomputed + 2 * j - 2));
-          dnext[j] = V(dstate_[i][j]);
+          for (int gate = 0; gate < kGates; ++gate) {
+            dgh[i - kFirst][gate] = taken ? value_of(d.dgh[gate]) : 0.0f;
+            dgx_[i][gate] = narrow<E>(value_of(d.dgx[gate]));
+            if constexpr (!Cell::kSameGates) dgh_[i][gate] = narrow<E>(value_of(d.dgh[gate]));
+          }
+#pragma unroll
+          for (int j = 0; j < kStates; ++j) dstate_[i][j] = taken ? value_of(d.dstate[j]) : dstate_[i][j];
         }
-        const auto d = Cell::backward(dnext, saved(i, state), state, next);
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) {
-          dgh[gate] = d.dgh[gate];
-          dgx_[i][gate] = narrow<E>(value_of(d.dgx[gate]));
-          if constexpr (!Cell::kSameGates) dgh_[i][gate] = narrow<E>(value_of(d.dgh[gate]));
-        }
+      for (int i = kFirst; i < kFirst + kCount; ++i)
 #pragma unroll
-        for (int j = 0; j < kStates; ++j) dstate_[i][j] = value_of(d.dstate[j]);
-      }
-#pragma unroll
-      for (int gate = 0; gate < kGates; ++gate)
-        exchange.stage(static_cast<uint32_t>(s), i, gate, Op::operand(value_of(dgh[gate])));
-    }
+        for (int gate = 0; gate < kGates; ++gate)
+          if (at_.has(i))
+            exchange.stage(static_cast<uint32_t>(s), i, gate, Op::operand(dgh[i - kFirst][gate]));
+    });
     // Nothing that follows from these is kept from step to step: the registers hold weights.
     b0_ = opaque(b0_);
     n_ = opaque(n_);

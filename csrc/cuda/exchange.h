@@ -84,8 +84,8 @@ class ClusterExchange {
         barriers_(reinterpret_cast<Mbarrier*>(shared)),
         deadline_(deadline),
         packet_thread_(thread_index() - lane_index() + lane_index() % kPackets * kUnits),
-        packet_unit_(packet_thread_ % at.units),
-        packet_row_(packet_thread_ / at.units) {
+        packet_row_(packet_thread_ / at.units),
+        packet_offset_(opaque(operand_offset<E>(at, kPublished, 0, packet_thread_ % at.units, packet_row_))) {
     if (thread_index() == 0) {
       mbarrier_init(&barriers_[0], 1);
       mbarrier_init(&barriers_[1], 1);
@@ -105,6 +105,7 @@ class ClusterExchange {
     if (thread_index() == 0 && !deadline_.expired()) mbarrier_expect(barrier, operand_bytes_);
     sync_warp();
     if (deadline_.expired()) return;  // which may not yet be so for other lanes
+    const int of_value = at_.units * at_.rows * static_cast<int>(sizeof(E));  // all of a value's steps of K
     for (int i = 0, row = packet_row_; row < at_.rows; ++i, row += at_.row_stride) {
       Vector16 packets[kPublished];  // all are read before the first is sent, which takes longer
 #pragma unroll
@@ -113,7 +114,7 @@ class ClusterExchange {
             &staging_[(i * kPublished + p) * threads_of_block() + packet_thread_]);
 #pragma unroll
       for (int p = 0; p < kPublished; ++p) {
-        char* target = operand + operand_offset<E>(at_, kPublished, p, packet_unit_, row);
+        char* target = operand + packet_offset_ + (row - packet_row_) * 32 + p * of_value;
         for (int rank = lane_index() / kPackets; rank < at_.slices; rank += kUnits)
           remote_store(target, rank, packets[p], barrier);
       }
@@ -140,7 +141,7 @@ class ClusterExchange {
   int operand_bytes_;
   Mbarrier* barriers_;
   Deadline& deadline_;
-  int packet_thread_, packet_unit_, packet_row_;  // the first element of this lane's packet
+  int packet_thread_, packet_row_, packet_offset_;  // the first element of this lane's packet
 };
 
 // A group spread over the grid: slices go through global memory, each with a flag that holds its epoch. A

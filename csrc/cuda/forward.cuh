@@ -87,28 +87,35 @@ class ForwardPass {
 
   template <class Exchange>
   FUSEDRNN_DEVICE void step(int s, const Partial& partial, Exchange& exchange) {
+    for_elements(at_, [&]<int kFirst, int kCount>(Constant<kFirst>, Constant<kCount>) {
+      if (sequence(kFirst) < here_.count) {
+        float sums[kCount][kGates];
+        partial.sums(at_.row(kFirst), at_.has(kFirst + kCount - 1) ? at_.row_stride : 0, at_.unit, sums);
 #pragma unroll
-    for (int i = 0; i < kMaxElements; ++i) {
-      if (!at_.has(i)) continue;
-      if (alive(i, here_)) {
-        Array<V, kGates> gx, gh;
-        Array<V, kStates> state;
-        float sums[kGates];
-        partial.sums(at_.row(i), at_.unit, sums);
+        for (int i = kFirst; i < kFirst + kCount; ++i) {
+          Array<V, kGates> gx, gh;
+          Array<V, kStates> state;
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) {
-          gx[gate] = V(*prefetched(i, gate) + bias_x_[gate]);
-          gh[gate] = V(Cell::kSameGates ? sums[gate] : sums[gate] + bias_h_[gate]);
+          for (int gate = 0; gate < kGates; ++gate) {
+            const float sum = sums[i - kFirst][gate];
+            gx[gate] = V(*prefetched(i, gate) + bias_x_[gate]);
+            gh[gate] = V(Cell::kSameGates ? sum : sum + bias_h_[gate]);
+          }
+#pragma unroll
+          for (int j = 0; j < kStates; ++j) state[j] = V(state_[i][j]);
+          const auto next = Cell::forward(gx, gh, state);
+          const bool taken = alive(i, here_);
+          const float h = opaque(widen(narrow<E>(value_of(next.state[0]))));
+          state_[i][0] = taken ? h : state_[i][0];
+#pragma unroll
+          for (int j = 1; j < kStates; ++j) state_[i][j] = taken ? value_of(next.state[j]) : state_[i][j];
         }
-#pragma unroll
-        for (int j = 0; j < kStates; ++j) state[j] = V(state_[i][j]);
-        const auto next = Cell::forward(gx, gh, state);
-        state_[i][0] = widen(narrow<E>(value_of(next.state[0])));
-#pragma unroll
-        for (int j = 1; j < kStates; ++j) state_[i][j] = value_of(next.state[j]);
       }
-      if (s + 1 < order_.T) exchange.stage(static_cast<uint32_t>(s + 1), i, 0, Op::operand(state_[i][0]));
-    }
+      if (s + 1 == order_.T) return;
+#pragma unroll
+      for (int i = kFirst; i < kFirst + kCount; ++i)
+        if (at_.has(i)) exchange.stage(static_cast<uint32_t>(s + 1), i, 0, Op::operand(state_[i][0]));
+    });
     // Nothing that follows from these is kept from step to step: the registers hold weights.
     b0_ = opaque(b0_);
     n_ = opaque(n_);

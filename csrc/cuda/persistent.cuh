@@ -14,6 +14,8 @@
 // s + 1, if there is one; end writes what is final.
 #pragma once
 
+#include <type_traits>
+
 #include "exchange.h"
 
 namespace fusedrnn::cuda {
@@ -35,6 +37,9 @@ template <class Op, int kTiles>
 inline constexpr int kRegisterSteps = !Op::kTensorCore ? 0
                                       : kTiles == 1    ? 24
                                                        : 8;
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 inline constexpr int kChunk = 8;  // steps of K whose operand is loaded before any is multiplied
 
@@ -83,17 +88,23 @@ struct Partial {
   FUSEDRNN_DEVICE float& at(int split, int tile, int row, int unit) const {
     return values[((split * tiles + tile) * rows + row) * (units + 4) + unit];
   }
-  // Every step waits for these: the loads of several splits and of all tiles are under way together.
-  template <int kTiles>
-  FUSEDRNN_DEVICE void sums(int row, int unit, float (&total)[kTiles]) const {
+  // Of kRows sequences from `row` on, `stride` apart. Every step waits for these: the loads of several splits
+  // and of all tiles are under way together.
+  template <int kRows, int kTiles>
+  FUSEDRNN_DEVICE void sums(int row, int stride, int unit, float (&total)[kRows][kTiles]) const {
     const int of_tile = rows * (units + 4);
     const float* from = values + row * (units + 4) + unit;
 #pragma unroll
-    for (float& t : total) t = 0;
+    for (auto& of_row : total)
+#pragma unroll
+      for (float& t : of_row) t = 0;
 #pragma unroll(kTiles == 1 ? 4 : 2)
     for (int split = 0; split < splits; ++split, from += kTiles * of_tile)
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) total[tile] += from[tile * of_tile];
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+          total[i][tile] += from[tile * of_tile + i * stride * (units + 4)];
   }
 };
 
@@ -103,6 +114,20 @@ FUSEDRNN_DEVICE E load_if(bool inside, const E* from) {
   E value = narrow<E>(0.0f);
   if (inside) value = *from;
   return value;
+}
+
+// Calls each(first, count) with constants for the elements of a thread, two at a time if it can have more
+// than one: their chains of exponentials overlap where no branch parts them. The second of two may not be
+// there.
+template <class Each>
+FUSEDRNN_DEVICE void for_elements(const Place& at, Each each) {
+  if (at.rows <= at.row_stride) {
+    if (at.has(0)) each(Constant<0>{}, Constant<1>{});
+    return;
+  }
+  static_assert(kMaxElements == 4);
+  if (at.has(0)) each(Constant<0>{}, Constant<2>{});
+  if (at.has(2)) each(Constant<2>{}, Constant<2>{});
 }
 
 template <class Op, int kTiles, int kHeldSteps>
