@@ -131,18 +131,24 @@ FUSEDRNN_MEASUREMENT(cluster_ping_pong) {
   sync_cluster();
 }
 
-// The step of a cluster exchange: every block sends p.count packets, a power of two, to all blocks and waits
-// for those of all.
-FUSEDRNN_MEASUREMENT(cluster_gather) {
+// At the begin of the shared memory, for rounds in turn. By all threads of the cluster.
+FUSEDRNN_DEVICE Mbarrier* two_barriers() {
   auto* barriers = reinterpret_cast<Mbarrier*>(shared_memory());
-  const int packets = p.count * p.blocks, shift = __ffs(p.count) - 1;
-  Deadline deadline(&p.result->status);
   if (thread_index() == 0) {
     mbarrier_init(&barriers[0], 1);
     mbarrier_init(&barriers[1], 1);
     fence_mbarrier_init();
   }
   sync_cluster();
+  return barriers;
+}
+
+// The step of a cluster exchange: every block sends p.count packets, a power of two, to all blocks and waits
+// for those of all.
+FUSEDRNN_MEASUREMENT(cluster_gather) {
+  Mbarrier* barriers = two_barriers();
+  const int packets = p.count * p.blocks, shift = __ffs(p.count) - 1;
+  Deadline deadline(&p.result->status);
   const Time begin = now();
   for (int round = 0; round < p.rounds && !deadline.expired(); ++round) {
     Mbarrier* barrier = &barriers[round & 1];
@@ -162,16 +168,10 @@ FUSEDRNN_MEASUREMENT(cluster_gather) {
 // bytes to all and waits for those of all.
 FUSEDRNN_MEASUREMENT(cluster_multicast) {
 #if __CUDA_ARCH__ >= 900
-  auto* barriers = reinterpret_cast<Mbarrier*>(shared_memory());
+  Mbarrier* barriers = two_barriers();
   const int part = p.count / p.blocks, from = cluster_rank() * part;
   const auto everyone = static_cast<uint16_t>((1 << p.blocks) - 1);
   Deadline deadline(&p.result->status);
-  if (thread_index() == 0) {
-    mbarrier_init(&barriers[0], 1);
-    mbarrier_init(&barriers[1], 1);
-    fence_mbarrier_init();
-  }
-  sync_cluster();
   const Time begin = now();
   for (int round = 0; round < p.rounds && !deadline.expired(); ++round) {
     Mbarrier* barrier = &barriers[round & 1];
