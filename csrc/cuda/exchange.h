@@ -83,9 +83,9 @@ class ClusterExchange {
         operand_bytes_(static_cast<int>(layout.operand_bytes)),
         barriers_(reinterpret_cast<Mbarrier*>(shared)),
         deadline_(deadline),
-        packet_thread_(thread_index() - lane_index() + lane_index() % kPackets * kUnits),
-        packet_row_(packet_thread_ / at.units),
-        packet_offset_(opaque(operand_offset<E>(at, kPublished, 0, packet_thread_ % at.units, packet_row_))) {
+        packet_row_(packet_thread() / at.units),
+        packet_offset_(
+            opaque(operand_offset<E>(at, kPublished, 0, packet_thread() % at.units, packet_row_))) {
     if (thread_index() == 0) {
       mbarrier_init(&barriers_[0], 1);
       mbarrier_init(&barriers_[1], 1);
@@ -111,7 +111,7 @@ class ClusterExchange {
 #pragma unroll
       for (int p = 0; p < kPublished; ++p)
         packets[p] = *reinterpret_cast<const Vector16*>(
-            &staging_[(i * kPublished + p) * threads_of_block() + packet_thread_]);
+            &staging_[(i * kPublished + p) * threads_of_block() + packet_thread()]);
 #pragma unroll
       for (int p = 0; p < kPublished; ++p) {
         char* target = operand + packet_offset_ + (row - packet_row_) * 32 + p * of_value;
@@ -135,13 +135,19 @@ class ClusterExchange {
   }
 
  private:
+  // The thread that has the first element of this lane's packet. Not kept: the registers hold weights.
+  FUSEDRNN_DEVICE static int packet_thread() {
+    const int thread = opaque(thread_index());
+    return thread / 32 * 32 + thread % kPackets * kUnits;
+  }
+
   const Place& at_;
   char* operand_;
   E* staging_;
   int operand_bytes_;
   Mbarrier* barriers_;
   Deadline& deadline_;
-  int packet_thread_, packet_row_, packet_offset_;  // the first element of this lane's packet
+  int packet_row_, packet_offset_;  // of the first element of this lane's packet
 };
 
 // A group spread over the grid: slices go through global memory, each with a flag that holds its epoch. A

@@ -148,11 +148,12 @@ struct WarpWeights {
     };
     // Loads wait for a branch: of a chunk all steps are loaded, also those past the end, which are not
     // multiplied.
+    constexpr int kLoaded = kChunk / kTiles;  // 64 loads are under way, and registers left for all else
 #pragma unroll
-    for (int first = 0; first < kHeld; first += kChunk)
+    for (int first = 0; first < kHeld; first += kLoaded)
       if (at.first_k + first < at.end_k)
 #pragma unroll
-        for (int i = first; i < first + kChunk && i < kHeld; ++i)
+        for (int i = first; i < first + kLoaded && i < kHeld; ++i)
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) words(at.first_k + i, tile, held[i][tile].words);
     for (int k_step = at.first_k + kHeld; k_step < at.end_k; ++k_step) {
