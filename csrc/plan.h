@@ -76,7 +76,8 @@ struct GpuDevice {
   int multiprocessors;
   int64_t shared_bytes;         // that a block can have
   int clusters[kClusterSizes];  // of 2, 4, 8, ... blocks: how many it runs at once, a multiprocessor a block.
-                                // Less than have room: a cluster lies within one part of the device
+                                // Fewer than its multiprocessors would hold: a cluster lies within one
+                                // part of the device
   bool cooperative;             // can start a grid whose blocks are all resident
 
   int clusters_of(int64_t blocks) const {
@@ -131,8 +132,8 @@ FUSEDRNN_HD int64_t register_bytes(const PersistentPlan& plan, const PersistentP
   return (held < steps ? held : steps) * plan.unit_tiles * plan.k_splits * pass.m_tiles * 512;
 }
 
-// Floats from what is copied ahead for a thread to what is for the next one: odd, for threads of a warp to
-// meet in no bank. Elements are computed two at a time, if there is more than one.
+// Floats from what is copied ahead for a thread to what is for the next one: odd, so that the threads of
+// a warp meet in no bank. Elements are computed two at a time, if there is more than one.
 FUSEDRNN_HD int prefetch_stride(const PersistentPlan& plan, const PersistentPass& pass) {
   const int elements = plan.elements() == 1 ? 1 : (plan.elements() + 1) / 2 * 2;
   return elements * pass.prefetched | 1;

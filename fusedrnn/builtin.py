@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import Cell
+from .cells import CELLS, Cell
 
 
 def sequence(
@@ -43,7 +43,7 @@ def layer(
     biases: bool,
     directions: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As :func:`sequence`, with the parameters :func:`in_order`."""
+    """As :func:`sequence`, with the parameters :func:`in_order`, of which nothing is checked."""
     kernel = getattr(torch, cell.builtin)
     hx = tuple(state) if cell.states > 1 else state[0]
     # Outside training mode the built-in keeps nothing for a backward pass; with it, backward in eval mode
@@ -57,8 +57,11 @@ def layer(
 
 
 def step(cell: Cell, x: Tensor, hx: Any, parameters: Sequence[Tensor | None]) -> Any:
-    """Runs one step as torch's cells do: x ``[B, I]``, ``hx`` and what is returned in their form."""
+    """Runs one step as torch's cells do: x ``[B, I]``, ``hx`` and what is returned in their form.
+
+    Nothing is checked: the kernel may read past the end of weights that are too small.
+    """
     return _STEPS[cell.builtin](x, hx, *parameters)
 
 
-_STEPS = {name: getattr(torch, f"{name}_cell") for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+_STEPS = {cell.builtin: getattr(torch, f"{cell.builtin}_cell") for cell in CELLS.values() if cell.builtin}

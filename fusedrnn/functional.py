@@ -148,41 +148,60 @@ def step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Weights) -> lis
     plan = plan_layer(spec, rows, weights, (False,), None, PLAIN, False, True)
     stacked = [s.unsqueeze(0) for s in state]
     if plan.backend == "torch":
-        parameters = [group[0] for group in weights[:4] if group]
-        check(spec, rows, stacked, *weights, (False,), None, mixed_dtypes=autocast.enabled(x))
-        _leave_to_builtin(cell, x, state, parameters)
+        parameters = [t for group in weights for t in group]
+        if not left_to_builtin(cell, x, state, parameters, one_step=True):
+            check(spec, rows, stacked, *weights, (False,), None, mixed_dtypes=autocast.enabled(x))
+            _leave_to_builtin(cell, x, state, parameters, one_step=True)
         new = builtin.step(spec, x, tuple(state) if spec.states > 1 else state[0], parameters)
         return list(new) if spec.states > 1 else [new]
     _, final, _ = _run(plan, spec, rows, stacked, weights, (False,), None, (PLAIN, False), promote=True)
     return [s.squeeze(0) for s in final]
 
 
-def left_to_builtin(cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor]) -> bool:
-    """Whether such a call, of one plain layer or of one step, is known to be the built-in's and to fit it.
+def left_to_builtin(
+    cell: str,
+    x: Tensor,
+    state: Iterable[Tensor],
+    parameters: Iterable[Tensor],
+    *,
+    one_step: bool = False,
+) -> bool:
+    """Whether a call of one plain layer, or of one step, is known to be left to the built-in, and to fit it.
 
     The built-in reads past the end of weights that are too small and takes some tensors of another dtype or
     device; and where its kernel is the quickest, a plan and checks would take as long as the kernel.
 
     Args:
         cell, x, state: as in :func:`sequence`, or in :func:`step`.
-        parameters: those that there are, in the order in which torch's modules have them.
+        parameters: all that there are, in the order in which torch's modules have them.
+        one_step: whether the call is one of :func:`step`.
     """
-    return _kind(cell, x, state, parameters) in _left_to_builtin
+    return _kind(cell, x, state, parameters, one_step) in _left_to_builtin
 
 
-def _leave_to_builtin(cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
-    """Makes it known."""
+def _leave_to_builtin(
+    cell: str,
+    x: Tensor,
+    state: Iterable[Tensor],
+    parameters: Iterable[Tensor],
+    *,
+    one_step: bool = False,
+) -> None:
+    """Remembers that the built-in serves such calls and that this one fits."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return  # sizes may be symbols
     if len(_left_to_builtin) >= _MANY:
         _left_to_builtin.clear()
-    _left_to_builtin.add(_kind(cell, x, state, parameters))
+    _left_to_builtin.add(_kind(cell, x, state, parameters, one_step))
 
 
-def _kind(cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor]) -> tuple:
-    """All that the plan and the checks of such a call depend on."""
+def _kind(
+    cell: str, x: Tensor, state: Iterable[Tensor], parameters: Iterable[Tensor], one_step: bool
+) -> tuple:
+    """All that the plan and the checks of such a call depend on; directions follow from the parameters."""
     return (
         cell,
+        one_step,
         torch.is_grad_enabled(),
         autocast.enabled(x),
         _transforms(),
@@ -292,7 +311,7 @@ def watched_plans(see: Callable[..., None]) -> Iterator[None]:
         see(plan, *call)
         return plan
 
-    with mock.patch.multiple(__name__, plan_layer=planned, left_to_builtin=lambda *_: False):
+    with mock.patch.multiple(__name__, plan_layer=planned, left_to_builtin=lambda *_, **__: False):
         yield
 
 

@@ -96,7 +96,7 @@ class _Layers(RNNBase):
         if not state:
             return None
         reverse, cell = (False, True) if self.bidirectional else (False,), _CELLS[self.mode]
-        # What is recorded of a single step is most often left to the built-in.
+        # Of single steps, those recorded for a backward are often the built-in's: for others it is not asked.
         recorded = x.size(0) == 1 and torch.is_grad_enabled()
         try:
             if recorded and functional.left_to_builtin(cell, x, state, parameters):
@@ -432,13 +432,12 @@ class _Cell(RNNCellBase):
         state = (hx,) if self._states == 1 else hx
         if type(state) is not tuple or {type(input), *map(type, state)} != {Tensor}:
             return None
-        if cell is None or torch.compiler.is_compiling():
+        if cell is None or input.dim() != 2 or torch.compiler.is_compiling():
             return None
         present = [p for p in parameters if p is not None]
-        if functional.left_to_builtin(cell, input, state, present):
+        if functional.left_to_builtin(cell, input, state, present, one_step=True):
             return builtin.step(CELLS[cell], input, hx, parameters)
-        simple = input.dim() == 2 and len(state) == self._states and not autocast.enabled(input)
-        if not simple or len(present) < len(parameters):
+        if len(state) != self._states or autocast.enabled(input) or len(present) < len(parameters):
             return None
         try:
             final = functional.step(cell, input, state, Weights(*[(p,) for p in parameters]))

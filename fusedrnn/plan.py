@@ -113,6 +113,8 @@ def cannot_serve(backend: str, problem: Problem) -> str:
             return "the built-in keeps no states but h and the last"
         if not CELLS[problem.cell].builtin:
             return f"the built-in has no cell {problem.cell!r}"
+        if problem.one_step and problem.P:
+            return "the built-in's cells have no projection"
         if problem.reverse not in ((False,), (False, True)):
             return "the built-in runs one forward recurrence, or one forward and one reverse"
         if problem.dtype not in _FLOATING:

@@ -232,6 +232,35 @@ def test_what_is_left_to_the_builtin_is_planned_once(name, free_choice, monkeypa
         ours(x[..., :1, :], hx)
 
 
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_a_cell_is_no_layer_of_one_step(name, free_choice):
+    """Though their tensors can be of the same sizes."""
+    x, h = torch.randn(1, 4, 4), torch.randn(1, 4, 4)
+    getattr(fusedrnn, name)(4, 4)(x, h)
+    cell = f"{name}Cell"
+    for module in (getattr(torch.nn, cell)(4, 4), getattr(fusedrnn, cell)(4, 4)):
+        with pytest.raises(ValueError, match=f"{cell}: Expected input to be 1D or 2D, got 3D instead"):
+            module(x, h)
+
+
+@pytest.mark.parametrize("form", ["list", "none", "unbatched"])
+def test_a_step_in_any_form_is_checked_once(form, free_choice, monkeypatch):
+    cell, x, h = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3), torch.randn(2, 5)
+    call = {"list": (x, [h, h]), "none": (x,), "unbatched": (x[0], (h[0], h[0]))}[form]
+    monkeypatch.setattr(functional, "_left_to_builtin", set())
+    expected = cell(*call)
+    monkeypatch.setattr(functional, "check", lambda *_, **__: pytest.fail("checked again"))
+    for result, other in zip(cell(*call), expected, strict=True):
+        assert torch.equal(result, other)
+
+
+def test_the_builtin_has_no_step_with_a_projection():
+    problem = PROBLEM._replace(one_step=True, P=4)
+    assert make_plan(problem, ALL).backend == "cpu"
+    with pytest.raises(RuntimeError, match="the built-in's cells have no projection"):
+        make_plan(problem, ALL, "torch")
+
+
 def test_two_layers_are_not_two_directions(free_choice):
     """Though states and weights of a single step have the same sizes."""
     x, h = torch.randn(1, 2, 5), torch.randn(2, 2, 5)
@@ -248,17 +277,18 @@ def test_what_is_left_to_the_builtin_is_known_by_all_it_depends_on(monkeypatch):
     cell = torch.nn.GRUCell(3, 5)
     tensors = [torch.zeros(2, 3), torch.zeros(2, 5), *cell.parameters()]
 
-    def known(*others, name="gru"):
+    def known(*others, name="gru", one_step=True):
         x, h, *parameters = others or tensors
-        return functional.left_to_builtin(name, x, [h], parameters)
+        return functional.left_to_builtin(name, x, [h], parameters, one_step=one_step)
 
     def places():
         return (torch.no_grad(), torch.autocast("cpu"), forward_ad.dual_level(), fusedrnn.use_backend("cpu"))
 
     assert not known()
-    functional._leave_to_builtin("gru", tensors[0], tensors[1:2], tensors[2:])
+    functional._leave_to_builtin("gru", tensors[0], tensors[1:2], tensors[2:], one_step=True)
     assert known()
     assert not known(name="lstm")
+    assert not known(one_step=False)
     assert not known(*tensors[:-1])
     for place in places():
         with place:

@@ -187,7 +187,7 @@ def test_batch_is_split_while_the_device_has_room():
 
 
 def test_no_cluster_waits_for_another_where_there_is_a_better_plan():
-    """What has no room at once takes twice the time. Clusters have less than their share of blocks."""
+    """What has no room at once takes twice the time; a cluster needs more room than its blocks alone."""
     whole = GpuDevice(multiprocessors=132, shared_bytes=227 * KIB, clusters=(66, 33, 16, 8), cooperative=True)
     for H, B, slices in ((256, 64, 16), (512, 64, 16), (128, 128, 8)):
         first = _testing.plan_persistent(persistent_pass("lstm"), 1, B, H, whole)[0]

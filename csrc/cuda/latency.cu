@@ -28,8 +28,8 @@ struct Result {
 
 struct Params {
   int rounds, blocks;
-  int count;  // chase_l2: lines of the ring; cluster_gather: packets for each block; grid_gather: bytes of
-              // all
+  int count;  // chase_l2: lines of the ring; cluster_gather: packets for each block; grid_gather and
+              // cluster_multicast: bytes of all
   Result* result;
   char* memory;  // kMemoryBytes
 };
@@ -131,7 +131,7 @@ FUSEDRNN_MEASUREMENT(cluster_ping_pong) {
   sync_cluster();
 }
 
-// At the begin of the shared memory, for rounds in turn. By all threads of the cluster.
+// At the beginning of the shared memory, for rounds in turn. By all threads of the cluster.
 FUSEDRNN_DEVICE Mbarrier* two_barriers() {
   auto* barriers = reinterpret_cast<Mbarrier*>(shared_memory());
   if (thread_index() == 0) {

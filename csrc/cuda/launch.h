@@ -89,7 +89,7 @@ void launch(void (*kernel)(Params), const Params& params, const LaunchShape& sha
              "launching a kernel");
 }
 
-// A number that the device may refuse to tell: none then.
+// What `ask` returns, or 0 where the device refuses to tell.
 template <class Ask>
 int count_or_none(Ask ask) {
   try {
@@ -105,8 +105,8 @@ template <class Params>
 int clusters_at_once(void (*kernel)(Params), const LaunchShape& shape) {
   return count_or_none([&] {
     const LaunchConfig config(kernel, shape, nullptr);
-    // With the first attribute, the cluster's dimension. Where its blocks are to go is no part of the
-    // question.
+    // The first attribute is the cluster's dimension. The policy after it says where blocks are to go, which
+    // changes nothing about what fits, and need not be known to the query.
     cudaLaunchConfig_t asked = *config.get();
     asked.numAttrs = 1;
     int count = 0;
@@ -131,8 +131,8 @@ bool fits(void (*kernel)(Params), const LaunchShape& shape) {
   return blocks >= (shape.cooperative ? shape.blocks : 1);
 }
 
-// What the current device has. `kernel`: of any cluster; its blocks get all the shared memory, so that no two
-// have one multiprocessor.
+// What the current device has. `kernel`: any that runs in clusters; its blocks get all the shared memory, so
+// that no two have one multiprocessor.
 template <class Params>
 GpuDevice limits_of_current_device(void (*kernel)(Params)) {
   GpuDevice device{device_attribute(cudaDevAttrMultiProcessorCount),

@@ -80,7 +80,7 @@ struct Order {
   }
 };
 
-// Partial sums [k_splits][kTiles][rows][U + 4] in shared memory: the four keep a warp's writes on 32 banks.
+// Partial sums [k_splits][kTiles][rows][U + 4] in shared memory: by the four, tensor cores' meet in no bank.
 struct Partial {
   float* values;
   int splits, tiles, rows, units;

@@ -31,7 +31,7 @@ FUSEDRNN_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes) {
 
 // Waits for the end of the phase of that parity; what the phase's stores wrote to this block's shared memory
 // is then visible. Where a peer stored, PTX's memory model asks for an acquire of the cluster. The block's
-// own shared memory, where both data and barrier lie, needs none, and all that it adds on sm_90 is to empty
+// own shared memory, where both data and barrier lie, needs none, and all that one adds on sm_90 is to empty
 // L1.
 FUSEDRNN_DEVICE void mbarrier_wait(Mbarrier* barrier, uint32_t parity, Deadline& deadline) {
   const uint32_t address = shared_address(barrier);
