@@ -114,10 +114,10 @@ def test_a_larger_device_offers_no_fewer_exchanges(kernel, N, B, H, device):
 
 # device, H -> the exchange of the best plan for LSTM, bf16, forward, B=16; None: it does not fit on the chip
 BEST = {
-    "H200": {32: "block", 48: "block", 256: "cluster", 512: "cluster", 768: "grid", 1024: "grid"}
-    | {2048: "grid", 2560: None, 4096: None},
+    "H200": {32: "block", 48: "block", 64: "cluster", 256: "cluster", 512: "cluster", 768: "grid"}
+    | {1024: "grid", 2048: "grid", 2560: None, 4096: None},
     "A100": {64: "block", 128: "block", 256: "grid", 512: "grid", 1024: "grid", 2048: None},
-    "MIG slice": {48: "block", 256: "cluster", 1024: None},
+    "MIG slice": {48: "block", 64: "cluster", 256: "cluster", 1024: None},
     "24 SMs": {64: "block", 512: "grid", 1024: None, 2048: None},
     "no cooperative launch": {64: "block", 128: "block", 129: None, 512: None},
 }
